@@ -1,0 +1,1 @@
+"""Rewards, one a file; installed as the import package `chopgrad_rewards`."""
