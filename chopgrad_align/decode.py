@@ -1,0 +1,110 @@
+"""Decode latents to pixels, with a gradient whose memory does not grow with the number of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backprop import Backprop, Exact, Truncated
+from .decoders import decoder_of
+from .decoders.base import Decoder, Group
+from .errors import UsageError
+from .recurrence import Recurrence
+
+FrameLoss = Callable[[Tensor, slice], Tensor]
+
+
+def decode(
+    vae: nn.Module,
+    latents: Tensor,
+    backprop: Backprop = Exact(),  # noqa: B008 (frozen)
+    frames: slice | Sequence[int] | None = None,
+    **decode_kwargs: Any,
+) -> Tensor:
+    """Decode latents to pixels, bit for bit as `vae.decode(latents).sample`, with a gradient by the given policy.
+
+    The gradient reaches `latents` and every weight of the VAE that requires one.
+
+    Args:
+        vae: One of the known diffusers decoders (`chopgrad_align.decoders`).
+        latents: As the VAE's own `decode` takes them: `(B, C, F', H', W')`, or for decoders of single frames also
+            `(N, C, H', W')`.
+        backprop: `Exact()`, `Truncated(distance)` or `Full()`.
+        frames: The pixel frames to return, in this order; default all. Groups that they do not need are not computed.
+        decode_kwargs: What the VAE's own `decode` takes beside latents, as `num_frames` of Stable Video Diffusion.
+
+    Returns:
+        Pixels in the decoder's range, about [-1, 1]: `(B, C, F, H, W)`, or `(N, C, H, W)` for latents like that.
+
+    Raises:
+        UsageError: An unknown decoder, latents or frames that do not fit it, or a mode of it that has no gradient
+            here; in the backward pass: weights that changed since the forward pass, or a second derivative.
+    """
+    decoder = decoder_of(vae, latents, **decode_kwargs)
+    pieces = latents.split(1) if decoder.sliced else (latents,)
+    return torch.cat([_decode(decoder, piece, backprop, frames) for piece in pieces])
+
+
+def _decode(decoder: Decoder, latents: Tensor, backprop: Backprop, frames: slice | Sequence[int] | None) -> Tensor:
+    groups = decoder.groups(latents)
+    if frames is None:
+        return Recurrence(decoder, backprop, groups).run(decoder.prologue(latents))
+    wanted = _frame_indices(frames, groups[-1].frames.stop)
+    groups = [part for group in groups for part in decoder.parts(group)]
+    indices = [range(group.frames.start, group.frames.stop) for group in groups]
+    shown = [any(i in span for i in wanted) for span in indices]
+    needed = len(shown) - shown[::-1].index(True)
+    pixels = Recurrence(decoder, backprop, groups[:needed], shown[:needed]).run(decoder.prologue(latents))
+    made = [i for span, show in zip(indices, shown, strict=True) if show for i in span]
+    selection = torch.tensor([made.index(i) for i in wanted], device=pixels.device)
+    return pixels.index_select(decoder.time_axis, selection)
+
+
+def _frame_indices(frames: slice | Sequence[int], count: int) -> list[int]:
+    if isinstance(frames, slice):
+        indices = list(range(count)[frames])
+    else:
+        indices = [i + count if -count <= i < 0 else i for i in frames]
+    if not indices or not all(0 <= i < count for i in indices):
+        raise UsageError(f"decode: frames={frames!r} must name at least one of the {count} frames, counted from 0")
+    return indices
+
+
+def decode_loss(
+    vae: nn.Module,
+    latents: Tensor,
+    frame_loss: FrameLoss,
+    backprop: Backprop = Truncated(0),  # noqa: B008 (frozen)
+    **decode_kwargs: Any,
+) -> Tensor:
+    """The sum over frame groups of a loss on decoded pixels, without ever holding all pixels.
+
+    With `Truncated(0)` the gradient is taken during the forward pass, group by group: F + B, the graph and the pixels
+    of one group alive at a time. The other policies take it in the backward pass as `decode` does, with the loss
+    evaluated again beside each group.
+
+    Args:
+        vae, latents, backprop, decode_kwargs: As for `decode`.
+        frame_loss: `frame_loss(pixels, frame_index) -> scalar`; `frame_index` is the slice of frames that the pixels
+            are, `(B, C, f, H, W)`, or `(f, C, H, W)` for latents `(N, C, H', W')`. It may be called twice a group, so
+            it must be a function of its arguments. Other tensors that it uses receive no gradient.
+
+    Returns:
+        A scalar with a gradient to `latents` and to every weight of the VAE that requires one.
+    """
+    decoder = decoder_of(vae, latents, **decode_kwargs)
+    groups = [part for group in decoder.groups(latents) for part in decoder.parts(group)]
+
+    def readout(group: Group, pixels: Tensor) -> Tensor:
+        loss = frame_loss(pixels, group.frames)
+        if not isinstance(loss, Tensor) or loss.shape != ():
+            came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError(f"decode_loss: frame_loss must return a scalar tensor, got {came}; sum over the batch")
+        if pixels.requires_grad and not loss.requires_grad:
+            raise UsageError("decode_loss: frame_loss returned a value that has no gradient to the pixels")
+        return loss
+
+    return Recurrence(decoder, backprop, groups, readout=readout).run(decoder.prologue(latents))

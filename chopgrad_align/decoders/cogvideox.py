@@ -1,0 +1,72 @@
+"""AutoencoderKLCogVideoX: groups of two latent frames, the remainder in the *first*; caches returned in a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import expect_latents, refuse_tiling
+from .base import Block, Cache, Decoder, Group, Hidden
+
+
+class CogVideoXDecoder(Decoder):
+    def __init__(self, vae: Any, latents: Tensor) -> None:
+        super().__init__(vae)
+        expect_latents(vae, latents, "BCFHW")
+        self.sliced = vae.use_slicing
+        height, width = latents.shape[-2:]
+        refuse_tiling(
+            vae, vae.use_tiling and (width > vae.tile_latent_min_width or height > vae.tile_latent_min_height)
+        )
+
+    def groups(self, latents: Tensor) -> list[Group]:
+        size, count = self.vae.num_latent_frames_batch_size, latents.shape[2]
+        starts = [0, *range(size + count % size, count, size)]
+        groups: list[Group] = []
+        for start, stop in zip(starts, [*starts[1:], count], strict=True):
+            shown = groups[-1].frames.stop if groups else 0
+            groups.append(Group(slice(start, stop), slice(shown, shown + self._frames(stop - start))))
+        return groups
+
+    def _frames(self, latent_frames: int) -> int:
+        # Every temporal upsampling doubles the frames, but keeps the first of an odd number single.
+        for up_block in self.vae.decoder.up_blocks:
+            if any(upsampler.compress_time for upsampler in up_block.upsamplers or ()):
+                latent_frames = 2 * latent_frames - latent_frames % 2
+        return latent_frames
+
+    def parts(self, group: Group) -> list[Group]:
+        return [group]
+
+    def prologue(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def blocks(self, index: int) -> Sequence[Block]:
+        vae, decoder = self.vae, self.vae.decoder
+
+        # Beside the hidden state every block reads the group's latents (spatial norm), which travel along.
+        def enter(hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:
+            latents = hidden[0] if vae.post_quant_conv is None else vae.post_quant_conv(hidden[0])
+            x, cache = decoder.conv_in(latents, conv_cache=cache)
+            return (x, latents), cache
+
+        def wrap(layer: Any) -> Block:
+            def block(hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:
+                x, latents = hidden
+                x, cache = layer(x, None, latents, conv_cache=cache)
+                return (x, latents), cache
+
+            return block
+
+        def leave(hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:
+            norm_cache, conv_cache = (None, None) if cache is None else cache
+            x, norm_cache = decoder.norm_out(*hidden, conv_cache=norm_cache)
+            x, conv_cache = decoder.conv_out(decoder.conv_act(x), conv_cache=conv_cache)
+            return (x,), (norm_cache, conv_cache)
+
+        return [enter, wrap(decoder.mid_block), *(wrap(up_block) for up_block in decoder.up_blocks), leave]
+
+    def epilogue(self, output: Tensor, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+        return output

@@ -1,0 +1,426 @@
+"""Decoding: pixels bit for bit, gradients against plain autograd, the full Jacobian and finite differences."""
+
+import pytest
+import tiny_vaes
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chopgrad_align import Exact, Full, Truncated, UsageError, decode, decode_loss
+
+EXACT = [
+    Exact(),
+    Exact(checkpoint=False),
+    Exact(cache="host"),
+    Exact(cache="recompute"),
+    Exact(cache="recompute", checkpoint=False),
+]
+CASES = {
+    "wan2.1": (tiny_vaes.wan_vae, {}, (2, 4, 4, 4, 3), {}),
+    "wan2.1, three levels": (tiny_vaes.wan_vae, {"spatial_levels": 3}, (1, 4, 5, 2, 3), {}),
+    "wan2.2": (tiny_vaes.wan_vae, {"residual": True}, (2, 4, 4, 3, 4), {}),
+    "one frame": (tiny_vaes.wan_vae, {}, (1, 4, 1, 4, 4), {}),
+    "cogvideox, remainder first": (tiny_vaes.cogvideox_vae, {}, (2, 4, 5, 4, 4), {}),
+    "cogvideox, even": (tiny_vaes.cogvideox_vae, {}, (1, 4, 4, 4, 4), {}),
+    "images": (tiny_vaes.image_vae, {}, (3, 4, 4, 5), {}),
+    "svd, two clips": (tiny_vaes.temporal_vae, {}, (6, 4, 4, 4), {"num_frames": 3}),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    make, arguments, shape, decode_kwargs = CASES[request.param]
+    vae = make(**arguments)
+    torch.manual_seed(1)
+    return vae, torch.randn(shape, requires_grad=True), decode_kwargs
+
+
+@pytest.fixture()
+def full_precision(monkeypatch):
+    """Wan's upsampling passes through float32; without that, float64 means float64."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
+
+    monkeypatch.setattr(WanUpsample, "forward", nn.Upsample.forward)
+
+
+def weighted(pixels: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return (pixels * torch.randn(pixels.shape, generator=generator).to(pixels)).sum()
+
+
+def gradient(output: Tensor, source: Tensor) -> Tensor:
+    return torch.autograd.grad(output, source)[0]
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("backprop", [Full(), *EXACT, Truncated(0), Truncated(2)], ids=str)
+def test_pixels_are_the_models_own_bit_for_bit(case, backprop):
+    vae, latents, decode_kwargs = case
+    expected = vae.decode(latents, **decode_kwargs).sample
+    assert torch.equal(decode(vae, latents, backprop, **decode_kwargs), expected)
+    with torch.no_grad():
+        assert torch.equal(decode(vae, latents, backprop, **decode_kwargs), expected)
+
+
+@pytest.mark.parametrize("backprop", [Full(), *EXACT, Truncated(50)], ids=str)
+def test_exact_gradient_is_plain_autograds(case, backprop):
+    vae, latents, decode_kwargs = case
+    expected = gradient(weighted(vae.decode(latents, **decode_kwargs).sample), latents)
+    got = gradient(weighted(decode(vae, latents, backprop, **decode_kwargs)), latents)
+    assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("backprop", EXACT, ids=str)
+def test_exact_gradient_in_float64(case, backprop, full_precision):
+    vae, latents, decode_kwargs = case
+    vae, latents = vae.double(), latents.detach().double().requires_grad_()
+    expected = gradient(weighted(vae.decode(latents, **decode_kwargs).sample), latents)
+    got = gradient(weighted(decode(vae, latents, backprop, **decode_kwargs)), latents)
+    assert relative_error(got, expected) < 1e-10
+
+
+def test_gradient_against_finite_differences(full_precision):
+    vae = tiny_vaes.wan_vae().double()
+    latents = torch.randn(1, 4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(latents)
+    slope = (gradient(weighted(decode(vae, latents)), latents) * direction).sum()
+    with torch.no_grad():
+        high, low = (weighted(decode(vae, latents + h * direction)) for h in (1e-6, -1e-6))
+    torch.testing.assert_close(slope, (high - low) / 2e-6, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("make", "frames", "groups"), [("wan_vae", 5, 5), ("cogvideox_vae", 7, 3)])
+def test_truncation_equals_the_band_masked_jacobian_for_every_distance(make, frames, groups, full_precision):
+    vae = getattr(tiny_vaes, make)().double()
+    latents = torch.randn(1, 4, frames, 1, 1, dtype=torch.float64, requires_grad=True)
+    spans = _groups(vae, latents)
+    assert len(spans) == groups
+    pixels = vae.decode(latents).sample
+    cotangent = torch.randn_like(pixels)
+    for distance in range(groups + 1):
+        expected = torch.zeros_like(latents)
+        for i, (_, shown) in enumerate(spans):
+            # Row block i of the Jacobian, pulled back by the cotangent of its pixels, and cut outside the band.
+            row = torch.autograd.grad(pixels[:, :, shown], latents, cotangent[:, :, shown], retain_graph=True)[0]
+            for j, (source, _) in enumerate(spans):
+                if 0 <= i - j <= distance:
+                    expected[:, :, source] += row[:, :, source]
+        for cache in ("device", "host", "recompute"):
+            got = torch.autograd.grad(decode(vae, latents, Truncated(distance, cache=cache)), latents, cotangent)[0]
+            assert relative_error(got, expected) < 1e-10
+    exact = torch.autograd.grad(decode(vae, latents, Exact()), latents, cotangent)[0]
+    widest = torch.autograd.grad(decode(vae, latents, Truncated(groups - 1)), latents, cotangent)[0]
+    assert relative_error(widest, exact) < 1e-10
+    nearest = torch.autograd.grad(decode(vae, latents, Truncated(0)), latents, cotangent)[0]
+    assert relative_error(nearest, exact) > 1e-3  # or the test would show nothing
+
+
+def _groups(vae, latents) -> list[tuple[slice, slice]]:
+    """Which latent frames and pixel frames belong together, found by asking the model: which pixels exist when."""
+    from diffusers import AutoencoderKLWan
+
+    size = 1 if isinstance(vae, AutoencoderKLWan) else 2
+    count = latents.shape[2]
+    ends = [*range(size + count % size, count, size), count]
+    spans, start, shown = [], 0, 0
+    for end in ends:
+        frames = vae.decode(latents[:, :, :end]).sample.shape[2]
+        spans.append((slice(start, end), slice(shown, frames)))
+        start, shown = end, frames
+    return spans
+
+
+@pytest.mark.parametrize("backprop", [Exact(), Exact(cache="recompute"), Truncated(1), Truncated(0), Full()], ids=str)
+def test_streamed_loss_equals_the_loss_of_decoded_pixels(case, backprop):
+    vae, latents, decode_kwargs = case
+    axis = 0 if latents.dim() == 4 else 2
+    with torch.no_grad():
+        target = torch.rand_like(decode(vae, latents, **decode_kwargs))
+
+    def frame_loss(pixels, frame_index):
+        at = (*(slice(None),) * axis, frame_index)
+        return (pixels - target[at]).square().sum()
+
+    pixels = decode(vae, latents, backprop, **decode_kwargs)
+    expected = (pixels - target).square().sum()
+    loss = decode_loss(vae, latents, frame_loss, backprop, **decode_kwargs)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert relative_error(gradient(3 * loss, latents), gradient(3 * expected, latents)) < 1e-5
+
+
+@pytest.mark.parametrize("backprop", [Exact(), Exact(cache="recompute"), Truncated(9), Full()], ids=str)
+def test_weights_of_the_decoder_get_their_exact_gradient(backprop):
+    vae = tiny_vaes.wan_vae(residual=True)
+    latents = torch.randn(1, 4, 3, 4, 4)  # needs no gradient itself
+    weights = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    for weight in weights:
+        weight.requires_grad_()
+    expected = torch.autograd.grad(weighted(vae.decode(latents).sample), weights)
+    got = torch.autograd.grad(weighted(decode(vae, latents, backprop)), weights)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_loss_gives_weights_the_gradient_of_truncation():
+    vae = tiny_vaes.wan_vae()
+    weight = vae.decoder.conv_in.weight.requires_grad_()
+    latents = torch.randn(1, 4, 3, 4, 4, requires_grad=True)
+    fused = decode_loss(vae, latents, lambda pixels, _: pixels.square().sum(), Truncated(0))
+    plain = decode(vae, latents, Truncated(0)).square().sum()
+    for source in (weight, latents):
+        a, b = (torch.autograd.grad(loss, source, retain_graph=True)[0] for loss in (fused, plain))
+        assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [slice(None), slice(3, 6), [0], [7, 2, 2], [-1], slice(0, None, 4)], ids=str)
+@pytest.mark.parametrize("backprop", [Exact(), Exact(cache="recompute"), Truncated(1), Truncated(0)], ids=str)
+def test_frame_subsets(frames, backprop):
+    vae = tiny_vaes.wan_vae()
+    latents = torch.randn(2, 4, 3, 4, 4, requires_grad=True)
+    everything = decode(vae, latents, backprop)
+    index = torch.arange(everything.shape[2])[torch.as_tensor(frames) if isinstance(frames, list) else frames]
+    some = decode(vae, latents, backprop, frames=frames)
+    assert torch.equal(some, everything[:, :, index])
+    expected = gradient(weighted(everything[:, :, index]), latents)
+    assert relative_error(gradient(weighted(some), latents), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("frames", "calls"), [([0], 1), ([4], 2), ([0, 9], 4), (None, 4)])
+def test_frame_subsets_skip_later_groups(frames, calls):
+    vae = tiny_vaes.wan_vae()
+    count = 0
+
+    def seen(module, args):
+        nonlocal count
+        count += 1
+
+    vae.decoder.conv_in.register_forward_pre_hook(seen)
+    with torch.no_grad():
+        decode(vae, torch.randn(1, 4, 4, 4, 4), frames=frames)
+    assert count == calls
+
+
+def test_frame_subset_of_images_decodes_these_alone():
+    vae = tiny_vaes.image_vae()
+    latents = torch.randn(4, 4, 4, 4, requires_grad=True)
+    sizes = []
+    vae.decoder.conv_in.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    pixels = decode(vae, latents, frames=[2])
+    torch.testing.assert_close(pixels, vae.decode(latents).sample[2:3])
+    assert sizes[:1] == [1]
+    assert gradient(pixels.sum(), latents).abs().sum((1, 2, 3)).nonzero().tolist() == [[2]]
+
+
+def test_images_of_a_video():
+    vae = tiny_vaes.image_vae()
+    latents = torch.randn(2, 4, 3, 4, 4, requires_grad=True)
+    expected = torch.stack([vae.decode(latents[:, :, i]).sample for i in range(3)], 2)
+    got = decode(vae, latents)
+    assert torch.equal(got, expected)
+    assert relative_error(gradient(weighted(got), latents), gradient(weighted(expected), latents)) < 1e-5
+
+
+@pytest.mark.parametrize("make", ["wan_vae", "cogvideox_vae", "image_vae"])
+def test_slicing_is_followed(make):
+    vae = getattr(tiny_vaes, make)()
+    latents = torch.randn((3, 4, 4, 4) if make == "image_vae" else (3, 4, 3, 4, 4), requires_grad=True)
+    vae.enable_slicing()
+    expected = vae.decode(latents).sample
+    got = decode(vae, latents)
+    assert torch.equal(got, expected)
+    assert relative_error(gradient(weighted(got), latents), gradient(weighted(expected), latents)) < 1e-5
+
+
+@pytest.mark.parametrize("backprop", [Exact(), Truncated(1), Truncated(0), Full()], ids=str)
+def test_saturated_pixels_can_pass_their_gradient(backprop):
+    vae = tiny_vaes.wan_vae()
+    vae.decoder.conv_out.bias.data.fill_(9.0)  # every pixel is clamped
+    latents = torch.randn(1, 4, 2, 4, 4, requires_grad=True)
+    blocked = decode(vae, latents, backprop)
+    assert gradient(blocked.sum(), latents).abs().max() == 0
+    passing = type(backprop)(**{**vars(backprop), "saturated": "pass"})
+    passed = decode(vae, latents, passing)
+    assert torch.equal(passed, blocked)
+    assert gradient(passed.sum(), latents).abs().max() > 0
+
+
+def test_dropout_and_autocast_are_the_same_when_groups_run_again():
+    vae = tiny_vaes.wan_vae().train()
+    for module in vae.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    latents = torch.randn(1, 4, 3, 4, 4, requires_grad=True)
+
+    def run(function):
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16):
+            pixels = function()
+        found = gradient(weighted(pixels.float()), latents)  # the backward pass is outside of autocast
+        return pixels, found, torch.get_rng_state()
+
+    pixels, expected, state = run(lambda: vae.decode(latents).sample)
+    for backprop in EXACT:
+        same, got, after = run(lambda b=backprop: decode(vae, latents, b))
+        assert torch.equal(same, pixels)
+        assert relative_error(got, expected) < 1e-5
+        assert torch.equal(after, state)  # the backward pass draws nothing
+
+
+class Storage(TorchDispatchMode):
+    """Counts the bytes of storages that are alive at once, of all that are made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        import weakref
+
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = size = storage.nbytes()
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        return result
+
+    def _freed(self, key):
+        self.now -= self.alive.pop(key)
+
+
+def _peak(vae, frames: int, backprop) -> float:
+    latents = torch.randn(1, 4, frames, 8, 8, requires_grad=True)
+    with Storage() as storage:
+        decode(vae, latents, backprop).sum().backward()
+    return storage.peak
+
+
+def test_memory_does_not_grow_with_the_number_of_frames():
+    vae = tiny_vaes.wan_vae()
+    pixels = 3 * 4 * (4 * 8) ** 2 * 4  # bytes of one group's pixels, which decode returns and so must hold, twice
+    for backprop in (Exact(), Exact(checkpoint=False), Truncated(0)):
+        short, long = (_peak(vae, frames, backprop) for frames in (4, 12))
+        caches = 8 * _cache_bytes(vae) if isinstance(backprop, Exact) else 0
+        assert long - short <= 8 * 5 * pixels + caches, backprop
+    full_short, full_long = (_peak(vae, frames, Full()) for frames in (4, 12))
+    assert full_long > 2 * full_short
+    assert _peak(vae, 12, Exact()) < _peak(vae, 12, Exact(checkpoint=False)) < full_long / 3
+
+
+def _cache_bytes(vae) -> int:
+    vae.clear_cache()
+    vae._conv_idx = [0]
+    with torch.no_grad():
+        vae.decoder(torch.randn(1, 4, 1, 8, 8), feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=True)
+        vae._conv_idx = [0]
+        vae.decoder(torch.randn(1, 4, 1, 8, 8), feat_cache=vae._feat_map, feat_idx=vae._conv_idx)
+    total = sum(t.nbytes for t in vae._feat_map if isinstance(t, Tensor))
+    vae.clear_cache()
+    return total
+
+
+def _state(vae):
+    flags = [(p.requires_grad, p.dtype, p._version) for p in vae.parameters()]
+    return vae.training, flags, {k: repr(v) for k, v in vars(vae).items() if "feat" in k or "conv" in k}
+
+
+@pytest.mark.parametrize("backprop", [Exact(), Truncated(1), Truncated(0), Full()], ids=str)
+def test_the_vae_stays_as_it_was(backprop):
+    vae = tiny_vaes.wan_vae().train()
+    latents = torch.randn(1, 4, 3, 4, 4, requires_grad=True)
+    before = _state(vae)
+    decode(vae, latents, backprop).sum().backward()
+    assert _state(vae) == before
+
+    calls = 0
+
+    def fail(module, args):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("out of luck")
+
+    handle = vae.decoder.mid_block.resnets[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        decode(vae, latents, backprop)
+    handle.remove()
+    assert _state(vae) == before
+    assert torch.equal(decode(vae, latents, backprop), vae.decode(latents).sample)
+
+
+def test_bfloat16_stays_bfloat16():
+    vae = tiny_vaes.wan_vae().bfloat16()
+    latents = torch.randn(1, 4, 3, 4, 4).bfloat16().requires_grad_()
+    pixels = decode(vae, latents)
+    assert torch.equal(pixels, vae.decode(latents).sample)
+    expected = gradient(weighted(vae.decode(latents).sample), latents)
+    got = gradient(weighted(pixels), latents)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got.float(), expected.float()) < 2e-2
+
+
+def test_wrong_uses_are_refused_in_words():
+    vae = tiny_vaes.wan_vae()
+    latents = torch.randn(1, 4, 3, 4, 4, requires_grad=True)
+    with pytest.raises(UsageError, match="second derivatives"):
+        torch.autograd.grad(decode(vae, latents).sum(), latents, create_graph=True)
+    with pytest.raises(UsageError, match="second derivatives"):
+        torch.autograd.grad(
+            decode_loss(vae, latents, lambda p, _: p.sum(), Truncated(0)), latents, create_graph=True
+        )
+    pixels = decode(vae, latents)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(2)
+    with pytest.raises(UsageError, match="weights of the VAE changed"):
+        pixels.sum().backward()
+    with pytest.raises(UsageError, match=r"\(B, C, F, H, W\), got .*\(4, 3, 4, 4\)"):
+        decode(vae, latents[0])
+    with pytest.raises(UsageError, match="empty"):
+        decode(vae, latents[:, :, :0])
+    for frames in ([9], [], [-10], slice(9, None)):
+        with pytest.raises(UsageError, match="at least one of the 9 frames"):
+            decode(vae, latents, frames=frames)
+    with pytest.raises(UsageError, match="known are AutoencoderKL, .*AutoencoderKLWan.*register"):
+        decode(nn.Linear(1, 1), latents)
+    with pytest.raises(UsageError, match=r"4 latent frames are not whole clips of num_frames=3"):
+        decode(tiny_vaes.temporal_vae(), torch.randn(4, 4, 4, 4), num_frames=3)
+    with pytest.raises(UsageError, match="must return a scalar tensor, got shape"):
+        decode_loss(vae, latents, lambda p, _: p)
+    with pytest.raises(UsageError, match="no gradient to the pixels"):
+        decode_loss(vae, latents, lambda p, _: p.detach().sum())
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(UsageError, match="expected a whole number"):
+            Truncated(wrong)
+    with pytest.raises(UsageError, match="expected 'device', 'host' or 'recompute'"):
+        Exact(cache="disk")
+    with pytest.raises(UsageError, match="expected 'zero' or 'pass'"):
+        Full(saturated="maybe")
+    vae.enable_tiling(tile_sample_min_height=8, tile_sample_min_width=8)
+    with pytest.raises(UsageError, match="disable_tiling"):
+        decode(vae, latents)
+
+
+def test_subclasses_and_new_decoders_are_found():
+    from chopgrad_align import decoders
+    from chopgrad_align.decoders.image import ImageDecoder
+
+    class Fine(type(tiny_vaes.image_vae())):
+        pass
+
+    vae = tiny_vaes.image_vae()
+    vae.__class__ = Fine
+    latents = torch.randn(1, 4, 4, 4)
+    assert torch.equal(decode(vae, latents), vae.decode(latents).sample)
+
+    class Brighter(ImageDecoder):
+        def epilogue(self, output, clamp):
+            return super().epilogue(output, clamp) + 1
+
+    decoders.register(Fine, Brighter)
+    assert torch.equal(decode(vae, latents), vae.decode(latents).sample + 1)
