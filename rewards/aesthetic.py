@@ -1,0 +1,79 @@
+"""LAION's aesthetic predictor: how much people like an image, whatever it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from chopgrad_align.reward import FrameReward
+
+from .checkpoints import load_weights, loading, locate
+from .preprocess import Preprocess
+
+_HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
+
+
+class Aesthetic(FrameReward):
+    """LAION-Aesthetics V2 (Schuhmann 2022, github.com/christophschuhmann/improved-aesthetic-predictor).
+
+    An affine map, stored as five linear layers, of the normalised CLIP ViT-L/14 image embedding, fitted to people's
+    ratings from 1 to 10: about 5 for an average photograph, 6.5 and more for the best, unbounded when optimised.
+    Prompts are ignored. Preprocessing is CLIP's: shortest side to the model's size (bicubic), centre crop, OpenAI's
+    mean and deviation.
+
+    Args:
+        clip: Hub id or local folder of a transformers `CLIPModel`. The official head belongs to ViT-L/14.
+        head: Hub id or local folder with `sac+logos+ava1-l14-linearMSE.pth`, or the path of such a file (a safetensors
+            file with the same keys, `layers.0.weight` to `layers.7.bias`, is taken too). The original lies on GitHub;
+            the default is a copy on the hub.
+        frames, frames_per_chunk: As for `FrameReward`.
+
+    Raises:
+        UsageError: A checkpoint is missing, unreachable, or head and model do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        clip: str = "openai/clip-vit-large-patch14",
+        head: str = "camenduru/improved-aesthetic-predictor",
+        frames: int | None = None,
+        frames_per_chunk: int = 8,
+    ) -> None:
+        super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)
+        with loading(f"aesthetic: clip={clip!r}", "hub id or folder of a transformers CLIPModel"):
+            loaded: Any = CLIPModel.from_pretrained(clip, dtype=torch.float32, output_loading_info=True)
+            model, info = loaded
+            if info["missing_keys"]:
+                raise ValueError(f"{len(info['missing_keys'])} weights are missing.")
+        self.vision, self.projection = model.vision_model, model.visual_projection
+        side = model.config.vision_config.image_size
+        self.preprocess = Preprocess(size=(side, side))
+        self.head = _Head(model.config.projection_dim)
+        with loading(f"aesthetic: head={head!r}", f"hub id, folder or path of {_HEAD_FILE}, for the same CLIP model"):
+            load_weights(self.head, locate(head, _HEAD_FILE))
+        self.requires_grad_(False).eval()
+
+    def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
+        pixels = self.preprocess(frames).to(self.projection.weight.dtype)
+        embedding = self.projection(self.vision(pixel_values=pixels).pooler_output)
+        return self.head(F.normalize(embedding, dim=-1)).squeeze(-1)
+
+
+class _Head(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(  # the official layers; dropout, which only training needs, keeps their numbers
+            nn.Linear(width, 1024), nn.Dropout(0.2),
+            nn.Linear(1024, 128), nn.Dropout(0.2),
+            nn.Linear(128, 64), nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )  # fmt: skip
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.layers(embedding)

@@ -1,0 +1,439 @@
+"""The four rewards, loaded from small checkpoints in the official formats and compared with the official scores."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from chopgrad_rewards.aesthetic import Aesthetic
+from chopgrad_rewards.clip_score import ClipScore
+from chopgrad_rewards.colorfulness import Colorfulness
+from chopgrad_rewards.hps_v2 import HPSv2
+from chopgrad_rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.transforms.functional import to_tensor
+
+from chopgrad_align.errors import UsageError
+from chopgrad_align.reward import check_reward, load_reward
+
+PROMPTS = ["a red circle on the grass", "the blue square", "green"]
+VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+
+
+def video_of(height, width, batch=3, frames=2):
+    """8-bit values, as images have them: smooth colours, hard edges and noise."""
+    generator = torch.Generator().manual_seed(height * width)
+    coarse = torch.rand(batch * frames, 3, 4, 5, generator=generator)
+    smooth = F.interpolate(coarse, size=(height, width), mode="bicubic")
+    blocks = F.interpolate(coarse.flip(0).round(), size=(height, width))
+    noise = 0.2 * torch.rand(smooth.shape, generator=generator)
+    frames_ = (torch.where(blocks[:, :1] > 0.5, smooth, blocks) * 0.8 + noise).clamp(0, 1)
+    return ((frames_ * 255).round() / 255).view(batch, frames, 3, height, width)
+
+
+def pil(frame):
+    return Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+# --- preprocessing ----------------------------------------------------------------------------------------------------
+
+SIZES = [(64, 64), (96, 160), (160, 96), (45, 81), (480, 832), (20, 30), (32, 20)]
+
+
+def assert_equal_within_rounding(preprocess, frames, official):
+    """PIL rounds to 8 bits after each of its two passes: together at most about one level."""
+    std = torch.tensor(preprocess.std).view(3, 1, 1)
+    levels = ((preprocess(frames) - official) * std * 255).abs()
+    assert levels.mean() < 0.4
+    assert (levels > 1).float().mean() < 0.005
+    assert levels.max() < 1.5
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("resize", "target", "interpolation"),
+    [
+        ("shortest", (32, 32), "bicubic"),
+        ("shortest", (32, 32), "bilinear"),
+        ("shortest", (24, 40), "bicubic"),
+        ("longest", (32, 32), "bicubic"),
+        ("longest", (32, 32), "bilinear"),
+        ("squash", (32, 40), "bicubic"),
+        ("squash", (32, 40), "bilinear"),
+    ],
+)
+def test_preprocessing_equals_open_clips(resize, target, interpolation, size):
+    frames = video_of(*size).flatten(0, 1)
+    transform = image_transform_v2(PreprocessCfg(target, "RGB", resize_mode=resize, interpolation=interpolation), False)
+    official = torch.stack([transform(pil(frame)) for frame in frames])
+    assert_equal_within_rounding(Preprocess(target, resize, interpolation), frames, official)
+
+
+def hps_official(image, size):
+    """What `hpsv2.score` does to an image, step by step: resize the longest side, pad with black, normalise."""
+    scale = size / float(max(image.size))
+    if scale != 1.0:
+        width, height = (round(side * scale) for side in image.size)
+        canvas = Image.new("RGB", (size, size))
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
+        image = canvas
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_MEAN, OPENAI_STD))
+    return (to_tensor(image) - mean) / std
+
+
+# The last but one is a tie, which open_clip rounds up. The official code fails when only the longest side fits.
+@pytest.mark.parametrize("size", [*SIZES[:-1], (165, 320), (224, 224)])
+@pytest.mark.parametrize("target", [32, 224])
+def test_preprocessing_equals_hpsv2s(target, size):
+    frames = video_of(*size, batch=1).flatten(0, 1)
+    official = torch.stack([hps_official(pil(frame), target) for frame in frames])
+    assert_equal_within_rounding(Preprocess((target, target), "longest"), frames, official)
+
+
+def clip_official(frames, side):
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return processor([pil(frame) for frame in frames], return_tensors="pt")["pixel_values"]
+
+
+# Sizes that leave an even number of columns to crop: an odd one transformers and torchvision split differently.
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (160, 96), (480, 840), (16, 24)])
+def test_preprocessing_equals_transformers_clip(size):
+    frames = video_of(*size).flatten(0, 1)
+    assert_equal_within_rounding(Preprocess((32, 32)), frames, clip_official(frames, 32))
+
+
+def test_preprocessing_passes_the_gradient_of_saturated_frames():
+    frames = torch.ones(1, 3, 50, 70).requires_grad_()
+    (gradient,) = torch.autograd.grad(Preprocess((32, 32), "squash")(frames).sum(), frames)
+    assert (gradient > 0).all()
+
+
+# --- small checkpoints in the official formats ------------------------------------------------------------------------
+
+
+def reinitialise(module):
+    """Weights large enough that what a frame or a prompt shows moves the score."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5, generator=generator)
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A folder with `clip/` (open_clip), `tiny-*.json` and HPS files, `vit/` (transformers) and aesthetic heads."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+
+    # open_clip's own folder format, with a word tokenizer of its own in the folder, weights in half precision
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words, "[EOS]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [EOS]", special_tokens=[("[EOS]", vocabulary["[EOS]"])]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "clip")
+    text = {"context_length": 12, "vocab_size": len(vocabulary), "width": 32, "heads": 2, "layers": 2}
+    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": {**text, "hf_tokenizer_name": "own"}}
+    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "resize_mode": "squash"}
+    both = {"model_cfg": config, "preprocess_cfg": {**preprocess, "interpolation": "bilinear"}}
+    (folder / "clip" / "open_clip_config.json").write_text(json.dumps(both))
+    weights = reinitialise(open_clip.model.CLIP(**config)).state_dict()
+    save_file({k: v.half().contiguous() for k, v in weights.items()}, folder / "clip" / "open_clip_model.safetensors")
+
+    # a registered architecture with CLIP's own vocabulary, its weights as the HPS authors publish theirs
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    architecture = folder / "tiny-chopgrad-test.json"
+    architecture.write_text(json.dumps({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text}))
+    open_clip.add_model_config(architecture)
+    model = reinitialise(open_clip.model.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=text))
+    (folder / "hps").mkdir()
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, folder / "hps" / "HPS_v2.1_compressed.pt")
+
+    # transformers' CLIP and the LAION head
+    from transformers import CLIPConfig, CLIPModel
+
+    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    towers = {"vision_config": vision, "text_config": text}
+    config = CLIPConfig(projection_dim=24, **{k: {**v, "num_attention_heads": 2} for k, v in towers.items()})
+    reinitialise(CLIPModel(config)).save_pretrained(folder / "vit")
+    torch.save(laion_head().state_dict(), folder / "head.pth")
+    save_file(laion_head().state_dict(), folder / "head.safetensors")
+    return folder
+
+
+def laion_head(width=24):
+    class MLP(nn.Module):  # as the authors define it
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
+                nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
+            )  # fmt: skip
+
+        def forward(self, x):
+            return self.layers(x)
+
+    torch.manual_seed(0)
+    return reinitialise(MLP())
+
+
+@pytest.fixture
+def rewards(checkpoints):
+    return {
+        "clip_score": lambda **o: ClipScore(checkpoint=str(checkpoints / "clip"), **o),
+        "hps_v2": lambda **o: HPSv2(checkpoint=str(checkpoints / "hps"), model="tiny-chopgrad-test", **o),
+        "aesthetic": lambda **o: Aesthetic(clip=str(checkpoints / "vit"), head=str(checkpoints / "head.pth"), **o),
+        "colorfulness": Colorfulness,
+    }
+
+
+NAMES = ["clip_score", "hps_v2", "aesthetic", "colorfulness"]
+
+# --- the official scores ----------------------------------------------------------------------------------------------
+
+
+def clip_score_official(checkpoints, images, texts):
+    name = f"local-dir:{checkpoints / 'clip'}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    return open_clip_diagonal(model, open_clip.get_tokenizer(name), torch.stack([transform(i) for i in images]), texts)
+
+
+def hps_v2_official(checkpoints, images, texts):
+    model = open_clip.create_model("tiny-chopgrad-test", pretrained=str(checkpoints / "hps" / "HPS_v2.1_compressed.pt"))
+    pixels = torch.stack([hps_official(image, 32) for image in images])
+    return open_clip_diagonal(model, open_clip.get_tokenizer("tiny-chopgrad-test"), pixels, texts)
+
+
+def open_clip_diagonal(model, tokenizer, pixels, texts):
+    image, text, _ = model.eval()(pixels, tokenizer(texts))
+    return (image @ text.T).diagonal()
+
+
+def aesthetic_official(checkpoints, images, texts):
+    from transformers import CLIPModel
+
+    model = CLIPModel.from_pretrained(checkpoints / "vit").eval()
+    pixels = clip_official([to_tensor(image) for image in images], 32)
+    embedding = model.get_image_features(pixel_values=pixels)
+    embedding = getattr(embedding, "pooler_output", embedding)
+    return laion_head()(embedding / embedding.norm(dim=-1, keepdim=True)).squeeze(1)
+
+
+def colorfulness_official(checkpoints, images, texts):
+    scores = []
+    for image in images:
+        r, g, b = np.asarray(image).astype(float).transpose(2, 0, 1)
+        rg, yb = r - g, 0.5 * (r + g) - b
+        scores.append(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()))
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 160), (80, 48)])
+@pytest.mark.parametrize("name", NAMES)
+def test_score_is_the_official_one(rewards, checkpoints, name, size):
+    video = video_of(*size)
+    images = [pil(frame) for frame in video.flatten(0, 1)]
+    texts = [prompt for prompt in PROMPTS for _ in range(video.shape[1])]
+    with torch.no_grad():
+        official = globals()[f"{name}_official"](checkpoints, images, texts).view(len(PROMPTS), -1).mean(1)
+        scores = rewards[name]()(video, PROMPTS)
+    # Equal where nothing is resized; else PIL's rounding remains, small beside the differences between the samples.
+    exact = name == "colorfulness" or size == (32, 32)
+    torch.testing.assert_close(scores, official, rtol=1e-5, atol=1e-5 if exact else 0.1 * float(official.std()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_prompt_scores_its_own_video(rewards, name):
+    video, reward = video_of(40, 56), rewards[name](frames_per_chunk=4)
+    together = reward(video, PROMPTS)
+    alone = [rewards[name]()(video[b : b + 1], [prompt])[0] for b, prompt in enumerate(PROMPTS)]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    shuffled = reward(video, PROMPTS[::-1])
+    reads_prompts = name in ("clip_score", "hps_v2")
+    assert torch.allclose(together, shuffled, rtol=0, atol=1e-6) != reads_prompts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_reaches_every_frame(rewards, name):
+    video = video_of(40, 56, frames=3).requires_grad_()
+    reward = rewards[name](frames_per_chunk=2)
+    (gradient,) = torch.autograd.grad(reward(video, PROMPTS).sum(), video)
+    assert gradient.isfinite().all()
+    assert (gradient.abs().amax((2, 3, 4)) > 0).all()
+    # A step along the gradient raises every score.
+    step = 1e-3 * gradient / gradient.abs().amax((1, 2, 3, 4), keepdim=True)
+    assert (reward(video + step, PROMPTS) > reward(video, PROMPTS)).all()
+    check_reward(reward, name, prompts=PROMPTS[:2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_equals_finite_differences(rewards, name):
+    reward = rewards[name]().double()
+    video = video_of(24, 40, batch=2, frames=1).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(video, PROMPTS[:2]).sum(), video)
+    direction = torch.randn(video.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Inside [0, 1] and away from the kinks of the clamp that follows the resize.
+    with torch.no_grad():
+        above, below = (reward(video + sign * 1e-7 * direction, PROMPTS[:2]).sum() for sign in (1, -1))
+    torch.testing.assert_close((gradient * direction).sum(), (above - below) / 2e-7, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_frozen_and_castable(rewards, name):
+    reward = rewards[name]()
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    assert not any(module.training for module in reward.modules())
+    video = video_of(32, 32)
+    scores, half = reward(video, PROMPTS), reward.to(torch.bfloat16)(video.bfloat16(), PROMPTS)
+    assert scores.dtype == half.dtype == torch.float32
+    torch.testing.assert_close(half, scores, rtol=0.05, atol=0.05)
+
+
+def test_colorfulness_of_grey_is_zero_with_a_finite_gradient():
+    grey = torch.rand(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 3, -1, -1)
+    grey = grey.clone().requires_grad_()
+    scores = Colorfulness()(grey, ["", ""])
+    assert (scores < 0.01).all()
+    (gradient,) = torch.autograd.grad(scores.sum(), grey)
+    assert gradient.isfinite().all()
+    assert torch.autograd.gradcheck(lambda v: Colorfulness()(v, [""]), video_of(4, 5, 1, 1).double().requires_grad_())
+
+
+def test_texts_encoded_in_inference_mode_serve_training(rewards):
+    reward, video = rewards["clip_score"](), video_of(32, 32)
+    with torch.inference_mode():
+        expected = reward(video, PROMPTS).clone()
+    scores = reward(video.requires_grad_(), PROMPTS)
+    scores.sum().backward()
+    torch.testing.assert_close(scores.detach(), expected)
+
+
+def test_texts_are_encoded_once(rewards):
+    reward = rewards["clip_score"](frames_per_chunk=2)
+    encoded = []
+    reward.similarity.model.transformer.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
+    video = video_of(32, 32).requires_grad_()
+    reward(video, PROMPTS).sum().backward()
+    reward(video, [*PROMPTS[1:], "new"])
+    assert sum(encoded) == 4
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_published_names_load_from_local_checkpoints(checkpoints):
+    video = video_of(32, 32)
+    for name, args in {
+        "clip_score": {"checkpoint": str(checkpoints / "clip")},
+        "hps_v2": {"checkpoint": str(checkpoints / "hps"), "model": "tiny-chopgrad-test"},
+        "aesthetic": {"clip": str(checkpoints / "vit"), "head": str(checkpoints / "head.safetensors")},
+        "colorfulness": {},
+    }.items():
+        assert load_reward(name, **args)(video, PROMPTS).shape == (3,)
+
+
+def test_clip_score_of_an_architecture_with_a_weights_file(checkpoints):
+    file = str(checkpoints / "hps" / "HPS_v2.1_compressed.pt")
+    reward = ClipScore(checkpoint="tiny-chopgrad-test", pretrained=file)
+    square = video_of(32, 32)  # where both preprocessings leave the frame alone
+    torch.testing.assert_close(
+        reward(square, PROMPTS), HPSv2(checkpoint=file, model="tiny-chopgrad-test")(square, PROMPTS)
+    )
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """A hub that cannot be reached and an empty cache."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda c: ClipScore(checkpoint="hf-hub:no/body"),
+            r"clip_score: checkpoint='hf-hub:no/body' cannot be loaded: ",
+        ),
+        (lambda c: ClipScore(checkpoint="laion/CLIP"), r"for a model on the hub write 'hf-hub:laion/CLIP'"),
+        (lambda c: ClipScore(checkpoint="ViT-B32"), r"neither a folder nor an architecture.*did you mean 'ViT-B-32'?"),
+        (
+            lambda c: ClipScore(checkpoint="ViT-B-32"),
+            r"pretrained=None: expected a weights file or one of its tags, such as open",
+        ),
+        (lambda c: ClipScore(checkpoint="ViT-B-32", pretrained="laion3b"), r"pretrained='laion3b': expected a weights"),
+        (lambda c: ClipScore(checkpoint="ViT-B-32", pretrained="openai"), r"'ViT-B-32', pretrained='openai' cannot be"),
+        (
+            lambda c: ClipScore(checkpoint=str(c / "clip"), pretrained="x"),
+            r"its own weights, so leave `pretrained` out",
+        ),
+        (
+            lambda c: ClipScore(checkpoint=str(c / "vit")),
+            r"checkpoint='.*vit' cannot be loaded: .*open_clip_config.json",
+        ),
+        (lambda c: ClipScore(checkpoint=str(c / "bare")), r"bare' cannot be loaded: Required pretrained weights"),
+        (
+            lambda c: ClipScore(checkpoint="/no/such/folder"),
+            r"neither a folder nor an architecture that open_clip knows$",
+        ),
+        (lambda c: HPSv2(version="v3"), r"hps_v2: version='v3': expected 'v2.1' or 'v2.0'"),
+        (lambda c: HPSv2(), r"hps_v2: checkpoint='xswu/HPSv2' cannot be loaded: .*\. Expected hub id, folder or path"),
+        (lambda c: HPSv2(checkpoint="./no/HPS.pt"), r"no such file: no/HPS.pt\. Expected"),
+        (lambda c: HPSv2(checkpoint=str(c / "hps"), version="v2.0"), r"no such file: .*HPS_v2_compressed.pt"),
+        (
+            lambda c: HPSv2(checkpoint=str(c / "head.pth"), model="tiny-chopgrad-test"),
+            r"cannot be loaded: .*state_dict",
+        ),
+        (lambda c: HPSv2(checkpoint=str(c / "empty.pt"), model="tiny-chopgrad-test"), r"empty.pt' cannot be loaded"),
+        (
+            lambda c: HPSv2(checkpoint=str(c / "pickle.pt"), model="tiny-chopgrad-test"),
+            r"cannot be loaded: it is damaged",
+        ),
+        (lambda c: Aesthetic(), r"aesthetic: clip='openai/clip-vit-large-patch14' cannot be loaded: "),
+        (lambda c: Aesthetic(clip=str(c / "clip")), r"aesthetic: clip='.*' cannot be loaded: "),
+        (
+            lambda c: Aesthetic(clip=str(c / "vit")),
+            r"aesthetic: head='camenduru/improved-aesthetic-predictor' cannot be",
+        ),
+        (
+            lambda c: Aesthetic(clip=str(c / "vit"), head=str(c / "wide.pth")),
+            r"other weights: 'layers.0.weight' is \(1024",
+        ),
+        (
+            lambda c: Aesthetic(clip=str(c / "vit"), head=str(c / "bad.safetensors")),
+            r"bad.safetensors' cannot be loaded",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_loaded(checkpoints, offline, make, message):
+    (checkpoints / "bare").mkdir(exist_ok=True)
+    (checkpoints / "bare" / "open_clip_config.json").write_text(
+        (checkpoints / "clip" / "open_clip_config.json").read_text()
+    )
+    (checkpoints / "empty.pt").touch()
+    torch.save({"state_dict": np.float32}, checkpoints / "pickle.pt")
+    torch.save(laion_head(768).state_dict(), checkpoints / "wide.pth")
+    (checkpoints / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(UsageError, match=message) as caught:
+        make(checkpoints)
+    assert "\n" not in str(caught.value)
