@@ -1,0 +1,146 @@
+"""A run as one page: `report.html`, self-contained, so that it can be opened from the disk, mailed and archived."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import jinja2
+
+from ..errors import UsageError
+from .curves import read_metrics
+from .heldout import Paired, paired
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+_TINY = 256  # pixels; narrower videos are shown pixel by pixel, not blurred
+
+
+@dataclass(frozen=True)
+class _Clip:
+    uri: str
+    tiny: bool
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prompt: str
+    before: _Clip | None
+    after: _Clip | None
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    statistics: Paired
+    improved: int
+    rows: list[tuple[str, str, float, float]]  # prompt, seed, before, after
+
+
+def write_report(run: str | Path) -> Path:
+    """Write `report.html` into a run folder, from what the folder holds; every part may be missing.
+
+    Read are `heldout.json` (`before`, `after`, and optionally `prompts`, `seeds`), `curves.png`, `metrics.jsonl`,
+    `samples/{before,after}/NNN.mp4` with `samples/prompts.json`, `config.yaml` and `environment.json` (an object).
+    Videos and pictures are embedded, so the page is a third larger than they are.
+
+    Raises:
+        UsageError: no such folder, a file in it that is not what its name says, or the page cannot be written.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise UsageError(f"there is no run folder {run}; give the folder that a training run wrote")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        title=run.resolve().name,
+        held_out=_held_out(run),
+        summary=_summary(run),
+        curves=_data_uri(run / "curves.png", "image/png"),
+        samples=_samples(run / "samples"),
+        config=(run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else "",
+        versions=_read_json(run / "environment.json", dict) or {},
+    )
+    path = run / "report.html"
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(html, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; free some space or change the rights") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    """The file's content, None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}); mend or delete it") from error
+    if not isinstance(content, kind):
+        raise UsageError(f"expected a JSON {kind.__name__} in {path}, got {content!r:.40}; mend or delete it")
+    return content
+
+
+def _data_uri(path: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if path.is_file() else ""
+
+
+def _held_out(run: Path) -> _HeldOut | None:
+    scores = _read_json(run / "heldout.json", dict)
+    if scores is None:
+        return None
+    before, after = scores.get("before", []), scores.get("after", [])
+    prompts = scores.get("prompts") or [""] * len(before)
+    seeds = scores.get("seeds") or [""] * len(before)
+    statistics = paired(before, after)
+    improved = sum(b > a for a, b in zip(before, after, strict=True))
+    return _HeldOut(statistics, improved, list(zip(prompts, map(str, seeds), before, after, strict=True)))
+
+
+def _summary(run: Path) -> list[tuple[str, str]]:
+    """Names and values of what the training rows say in a word."""
+    if not (run / "metrics.jsonl").is_file():
+        return []
+    training, _ = read_metrics(run)
+    if not training:
+        return []
+    facts = [("steps", f"{training['step'][-1]:.0f}")]
+    seconds = sum(values[values == values].sum() for key, values in training.items() if key.startswith("seconds/"))
+    if seconds:
+        facts.append(("training time", f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"))
+    if "peak_memory_gib" in training:
+        facts.append(("peak memory", f"{max(training['peak_memory_gib']):.2f} GiB"))
+    return facts
+
+
+def _samples(folder: Path) -> list[_Sample]:
+    prompts = _read_json(folder / "prompts.json", list) or []
+    names = sorted({path.name for side in ("before", "after") for path in (folder / side).glob("*.mp4")})
+    return [
+        _Sample(
+            prompts[int(name[:-4])] if name[:-4].isdecimal() and int(name[:-4]) < len(prompts) else "",
+            _clip(folder / "before" / name),
+            _clip(folder / "after" / name),
+        )
+        for name in names
+    ]
+
+
+def _clip(path: Path) -> _Clip | None:
+    if not path.is_file():
+        return None
+    try:
+        with av.open(str(path)) as container:
+            width = container.streams.video[0].width
+    except (OSError, IndexError, av.error.FFmpegError) as error:
+        raise UsageError(f"{path} is not a video; delete it and write the report again") from error
+    return _Clip(_data_uri(path, "video/mp4"), width < _TINY)

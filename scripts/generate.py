@@ -1,0 +1,162 @@
+"""Make videos with a diffusers pipeline, with or without a LoRA that was trained here.
+
+    python scripts/generate.py --prompt "a large red star spinning in a starry night" --out videos
+    python scripts/generate.py --lora runs/embedded/lora --prompts captions.txt --out videos
+    python scripts/generate.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --frames 81 --size 480x832 --fps 16 \\
+        --prompt "a fox runs through snow" --out videos
+
+Each video has a seed of its own: `--seed` for the first prompt, and one more for each that follows. A model folder may
+hold `call_defaults.json`, an object of arguments of the pipeline's call; the command line goes before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from chopgrad_align.data.prompts import Condition, read_conditions
+from chopgrad_align.errors import UsageError, exit_on_usage_error
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: the embedded one)")
+    parser.add_argument("--lora", type=Path, help="folder or file of LoRA weights, such as RUN/lora")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", action="append", help="may be repeated")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help=".txt; or .csv, .jsonl with `prompt` and/or `image`")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the mp4 files")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--guidance", type=float, help="guidance scale")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--size", type=_size, metavar="HxW", help="height x width in pixels, such as 480x832")
+    parser.add_argument("--fps", type=float, default=8, help="of the file: 8 is CogVideoX's, 16 Wan's (default: 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on CPU")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args(arguments)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 480x832, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    with exit_on_usage_error():
+        generate(args)
+
+
+def generate(args: argparse.Namespace) -> None:
+    # What can be wrong is looked at first, in order of cost: the files, the model, the first call.
+    conditions = (
+        read_conditions(args.prompts) if args.prompts else [Condition(prompt.strip()) for prompt in args.prompt]
+    )
+    if Condition() in conditions:
+        raise UsageError("an empty --prompt; write what the video should show")
+    paths = [args.out / f"{index:03}-{_slug(condition)}.mp4" for index, condition in enumerate(conditions)]
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not args.overwrite:
+        raise UsageError(f"{existing[0]} exists; choose another --out, or allow it with --overwrite")
+    model = _model(args.model)
+    lora = _lora(args.lora) if args.lora else None
+
+    import torch
+    from diffusers.utils import load_image
+    from tqdm import tqdm
+
+    from chopgrad_align.data.video import write_video
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = _load(model, args.dtype or ("float32" if device == "cpu" else "bfloat16"), device)
+    if lora:
+        _add_lora(pipe, lora)
+    call = _call_arguments(pipe, model, args)
+    for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
+        pipe.set_progress_bar_config(desc=path.stem, leave=False)
+        inputs: dict[str, Any] = {"prompt": condition.prompt} if condition.prompt else {}
+        if condition.image:
+            inputs["image"] = load_image(str(condition.image))
+        generator = torch.Generator().manual_seed(args.seed + index)
+        try:
+            video = pipe(**inputs, **call, generator=generator, output_type="pt").frames[0]
+        except (ValueError, TypeError) as error:  # diffusers checks a call's arguments, and only those, with these
+            raise UsageError(f"{type(pipe).__name__} refuses the call: {error}") from error
+        write_video(path, video, args.fps)
+
+
+def _slug(condition: Condition) -> str:
+    text = condition.prompt or (condition.image.stem if condition.image else "")
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-") or "video"
+
+
+def _model(name: str | None) -> str:
+    """A folder that holds a pipeline, or a hub id as it is."""
+    folder = Path(name) if name else Path(str(files("chopgrad_align"))) / "embedded" / "pipeline"
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(f"{folder} holds no diffusers pipeline (no model_index.json); give a folder that does")
+        return str(folder)
+    if name is None or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UsageError(f"there is no model folder {folder}; give an existing one, or a hub id such as owner/name")
+    return name
+
+
+def _lora(path: Path) -> Path:
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"there are no LoRA weights {file}; give the folder RUN/lora of a run, or a .safetensors file")
+    return file
+
+
+def _load(model: str, dtype: str, device: str) -> Any:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"cannot load {model}; check the name and the network, or give a folder ({reason})") from error
+    return pipe.to(device)
+
+
+def _add_lora(pipe: Any, file: Path) -> None:
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    except (OSError, AttributeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UsageError(
+            f"the LoRA {file} does not fit {type(pipe).__name__}; give one that was trained on this model ({reason})"
+        ) from error
+
+
+def _call_arguments(pipe: Any, model: str, args: argparse.Namespace) -> dict[str, Any]:
+    from chopgrad_align.rollout import check_call
+
+    defaults = Path(model) / "call_defaults.json"
+    call = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {}
+    height, width = args.size or (None, None)
+    options = {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "num_frames": args.frames,
+        "height": height,
+        "width": width,
+    }
+    call |= {name: value for name, value in options.items() if value is not None}
+    check_call(pipe, call)
+    return call
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+import base64
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from chopgrad_align.data.procedural import texture_clip
+from chopgrad_align.data.video import write_video
+from chopgrad_align.errors import UsageError
+from chopgrad_align.evaluation.curves import draw_curves, read_metrics, smoothed
+from chopgrad_align.evaluation.heldout import _t_test_p, paired
+from chopgrad_align.evaluation.report import write_report
+
+PROMPTS = ["a red <star>", "a blue & white ring"]
+
+
+def fill(run):
+    """A small run folder with every part."""
+    rows = [
+        {
+            "step": step,
+            "reward": 0.2 + 0.01 * step if step != 3 else math.nan,
+            "clip_score/score": 0.2,
+            "loss": -0.2,
+            "grad_norm": 0.5,
+            "seconds/sampling": 2.0,
+            "seconds/backward": 1.0,
+            "peak_memory_gib": 1.5,
+            "skipped": 0,
+        }
+        for step in range(1, 7)
+    ]
+    rows.insert(3, {"step": 3, "heldout/reward_mean": 0.2, "heldout/reward_stderr": 0.01, "heldout/clip_score": 0.2})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "config.yaml").write_text("model: <tiny>\n")
+    scores = {"before": [0.1, 0.2, 0.3], "after": [0.2, 0.4, 0.25], "prompts": [*PROMPTS, "c"], "seeds": [7, 8, 9]}
+    (run / "heldout.json").write_text(json.dumps(scores))
+    (run / "environment.json").write_text('{"torch": "2.0"}')
+    for index in range(2):
+        for side in ("before", "after"):
+            clip = texture_clip(index, frames=3, size=16).transpose(0, 1)
+            write_video(run / "samples" / side / f"{index:03}.mp4", clip, fps=8)
+    (run / "samples" / "prompts.json").write_text(json.dumps(PROMPTS))
+    return run
+
+
+# Critical values of Student's t as printed in statistical tables (two-sided).
+@pytest.mark.parametrize(
+    ("t", "freedom", "p"),
+    [(12.7062, 1, 0.05), (63.6567, 1, 0.01), (2.2281, 10, 0.05), (4.5869, 10, 0.001), (1.9840, 100, 0.05)],
+)
+def test_p_values_are_those_of_the_tables(t, freedom, p):
+    assert _t_test_p(t, freedom) == pytest.approx(p, rel=1e-3)
+
+
+def test_p_values_of_two_degrees_of_freedom_have_a_closed_form_far_into_the_tail():
+    for t in (0.1, 3.0, 1e3, 1e6):
+        # 1 - t / sqrt(2 + t^2), written so that it does not cancel
+        root = math.sqrt(2 + t * t)
+        assert _t_test_p(t, 2) == pytest.approx(2 / (root * (root + t)), rel=1e-9)
+
+
+def test_paired_statistics():
+    result = paired([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert (result.mean_before, result.mean_after, result.gain, result.count) == (2, 4, 2, 3)
+    assert result.stderr_before == pytest.approx(1 / math.sqrt(3))
+    assert result.gain_in_stds == pytest.approx(2)
+    t = 2 * math.sqrt(3)  # differences 1, 2, 3
+    assert result.p_value == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert str(result) == "2 ± 0.58 before, 4 ± 1.2 after: +2 (+2.00 standard deviations, p = 0.07, n = 3)"
+
+
+def test_paired_statistics_without_spread():
+    same = paired([1.0, 1.0], [1.0, 1.0])
+    assert (same.gain_in_stds, same.p_value) == (0, pytest.approx(1))
+    shifted = paired([1.0, 1.0], [0.5, 0.5])
+    assert (shifted.gain_in_stds, shifted.p_value) == (-math.inf, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [([1.0], [2.0], "two pairs"), ([1.0, 2.0], [1.0], "2 before and 1 after"), ([1.0, math.nan], [1.0, 1.0], "finite")],
+)
+def test_paired_statistics_refuse(before, after, message):
+    with pytest.raises(UsageError, match=message):
+        paired(before, after)
+
+
+def test_metrics_of_an_interrupted_and_resumed_run(tmp_path):
+    lines = ['{"step": 1, "reward": 1.0}', '{"step": 2, "reward": 2.0}', '{"step": 2, "reward": 5.0, "new": 1}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "rew']))
+    training, held_out = read_metrics(tmp_path)
+    assert training["reward"].tolist() == [1, 5]
+    np.testing.assert_array_equal(training["new"], [math.nan, 1])
+    assert not held_out
+
+    (tmp_path / "metrics.jsonl").write_text("oops\n")
+    with pytest.raises(UsageError, match="line 1"):
+        read_metrics(tmp_path)
+
+
+def test_smoothing_keeps_a_constant_and_skips_nan():
+    values = np.full(100, 3.0)
+    values[[0, 10, 99]] = math.nan
+    out = smoothed(values)
+    assert math.isnan(out[0])
+    np.testing.assert_allclose(out[1:], 3.0)
+
+
+def test_curves_are_drawn_over_and_over_without_pyplot(tmp_path):
+    path = draw_curves(fill(tmp_path))
+    assert path == tmp_path / "curves.png"
+    draw_curves(tmp_path)
+    with Image.open(path) as picture:
+        assert min(picture.size) > 300
+        assert len(set(picture.convert("RGB").resize((64, 64)).tobytes())) > 20
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_curves_of_the_first_step_and_of_no_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "heldout/reward_mean": 0.2}\n')
+    draw_curves(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UsageError, match="nothing to draw"):
+        draw_curves(tmp_path)
+    with pytest.raises(UsageError, match="cannot read"):
+        draw_curves(tmp_path / "none")
+
+
+def test_the_report_has_everything_and_needs_nothing(tmp_path):
+    run = fill(tmp_path)
+    draw_curves(run)
+    html = write_report(run).read_text(encoding="utf-8")
+    assert html.count("<video") == 4
+    sources = re.findall(r'src="(.{22})', html)
+    assert len(sources) == 5
+    assert all(source.startswith("data:") for source in sources)
+    assert "http" not in html
+    assert "<script" not in html
+    assert "a red &lt;star&gt;" in html
+    assert "<star>" not in html
+    assert "model: &lt;tiny&gt;" in html
+    assert "2 of 3 pairs rose" in html
+    assert "1.50 GiB" in html
+    first = re.search(r'<video[^>]*src="data:video/mp4;base64,([^"]*)"', html)
+    assert first
+    assert base64.b64decode(first[1]) == (run / "samples/before/000.mp4").read_bytes()
+
+
+def test_the_report_leaves_out_what_is_missing(tmp_path):
+    assert "<h2>" not in write_report(tmp_path).read_text(encoding="utf-8")
+    write_video(tmp_path / "samples/after/000.mp4", torch.zeros(2, 3, 16, 16), fps=8)
+    (tmp_path / "metrics.jsonl").write_text("")
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert html.count("<video") == 1
+    assert html.count("<h2>") == 1
+
+
+def test_the_report_names_what_is_broken(tmp_path):
+    with pytest.raises(UsageError, match="no run folder"):
+        write_report(tmp_path / "none")
+    (tmp_path / "heldout.json").write_text("{")
+    with pytest.raises(UsageError, match=r"heldout\.json is not JSON"):
+        write_report(tmp_path)
+    (tmp_path / "heldout.json").write_text("[1]")
+    with pytest.raises(UsageError, match="expected a JSON dict"):
+        write_report(tmp_path)
+    (tmp_path / "heldout.json").unlink()
+    (tmp_path / "samples/after").mkdir(parents=True)
+    (tmp_path / "samples/after/000.mp4").write_text("cut")
+    with pytest.raises(UsageError, match="not a video"):
+        write_report(tmp_path)
