@@ -34,17 +34,17 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
 SIZES = {"small": 0.34, "large": 0.58}
 TEXTURES = ("plain", "striped", "checkered", "dotted")
-MOTIONS = {
-    "moving left": "moving left",
-    "moving right": "moving right",
-    "moving up": "moving up",
-    "moving down": "moving down",
-    "spinning": "spinning",
-    "growing": "growing",
-    "shrinking": "shrinking",
-    "bouncing": "bouncing",
-    "standing still": "standing still",
-}
+MOTIONS = (
+    "moving left",
+    "moving right",
+    "moving up",
+    "moving down",
+    "spinning",
+    "growing",
+    "shrinking",
+    "bouncing",
+    "standing still",
+)
 BACKGROUNDS = {
     "black": "on a black background",
     "grey": "on a grey background",
@@ -75,7 +75,8 @@ class Scene:
     @property
     def caption(self) -> str:
         texture = "" if self.texture == "plain" else f"{self.texture} "
-        return f"a {self.size} {texture}{self.colour} {self.shape} {MOTIONS[self.motion]} {BACKGROUNDS[self.background]}"
+        what = f"{self.size} {texture}{self.colour} {self.shape}"
+        return f"a {what} {self.motion} {BACKGROUNDS[self.background]}"
 
     @property
     def held_out(self) -> bool:
@@ -105,21 +106,25 @@ def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
             rng.choice(SHAPES),
             rng.choice(list(SIZES)),
             rng.choice(TEXTURES),
-            rng.choice(list(MOTIONS)),
+            rng.choice(MOTIONS),
             rng.choice(list(BACKGROUNDS)),
         )
         if (scene.colour, scene.background) not in _CAMOUFLAGE and scene.held_out == held_out:
             return scene
 
 
-def render(scene: Scene, seed: int, frames: int = 17, size: int = 64) -> Tensor:
+def render(scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None)) -> Tensor:  # noqa: B008
     """Draw a scene; the seed decides what the caption leaves open (place, speed, phase, shades).
 
+    Args:
+        only: Which of the frames to draw.
+
     Returns:
-        float32 video `(3, frames, size, size)` in [0, 1].
+        float32 video `(3, frames drawn, size, size)` in [0, 1].
     """
     rng = random.Random(seed)
-    time = torch.linspace(0, 1, frames).view(frames, 1, 1)
+    time = torch.linspace(0, 1, frames)[only].view(-1, 1, 1)
+    frames = len(time)
     axis = (torch.arange(size, dtype=torch.float32) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     background = _BACKGROUND_PAINTERS[scene.background](x, y, time, rng).expand(3, frames, size, size)
@@ -131,7 +136,7 @@ def render(scene: Scene, seed: int, frames: int = 17, size: int = 64) -> Tensor:
     u, v = cos * dx + sin * dy, cos * dy - sin * dx  # the shape's own frame: unit radius, v pointing down
     distance = _SHAPE_DISTANCES[scene.shape](u, v) * radius
 
-    softness = 1.5 / size
+    softness = 2.0 / size
     inside = torch.sigmoid(-distance / softness * 2)
     core = torch.sigmoid(-(distance + _OUTLINE) / softness * 2)
     colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1, 1) * rng.uniform(0.92, 1.0)
@@ -220,15 +225,15 @@ _SHAPE_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _bands(coordinate: Tensor, period: float) -> Tensor:
-    return torch.sigmoid(10 * torch.sin(2 * math.pi * coordinate / period))
+    return torch.sigmoid(6 * torch.sin(2 * math.pi * coordinate / period))
 
 
 _TEXTURE_SHADES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "plain": lambda u, v: torch.ones_like(u),
-    "striped": lambda u, v: 1 - 0.6 * _bands(u + v, 0.24),
-    "checkered": lambda u, v: 0.7 + 0.3 * (2 * _bands(u, 0.3) - 1) * (2 * _bands(v, 0.3) - 1),
+    "striped": lambda u, v: 1 - 0.6 * _bands(u + v, 0.36),
+    "checkered": lambda u, v: 0.7 + 0.3 * (2 * _bands(u, 0.4) - 1) * (2 * _bands(v, 0.4) - 1),
     "dotted": lambda u, v: (
-        1 - 0.65 * torch.sigmoid(8 * (torch.cos(2 * math.pi * u / 0.2) + torch.cos(2 * math.pi * v / 0.2) - 0.8))
+        1 - 0.65 * torch.sigmoid(8 * (torch.cos(2 * math.pi * u / 0.3) + torch.cos(2 * math.pi * v / 0.3) - 0.8))
     ),
 }
 
@@ -254,12 +259,12 @@ def _plain(rgb: tuple[float, float, float]) -> Callable[..., Tensor]:
 
 
 def _grass(x: Tensor, y: Tensor, time: Tensor, rng: random.Random) -> Tensor:
-    return _tint((0.22, 0.50, 0.14), rng) * (1 + 0.2 * _noise(x, rng, 1.0))
+    return _tint((0.22, 0.50, 0.14), rng) * (1 + 0.16 * _noise(x, rng, 1.5))
 
 
 def _sand(x: Tensor, y: Tensor, time: Tensor, rng: random.Random) -> Tensor:
     ripples = torch.sin(9 * y + 2.5 * _noise(x, rng, 1.6) + rng.uniform(0, 6))
-    return _tint((0.86, 0.74, 0.46), rng) * (1 + 0.08 * ripples + 0.04 * _noise(x, rng, 0.3))
+    return _tint((0.86, 0.74, 0.46), rng) * (1 + 0.1 * ripples)
 
 
 def _water(x: Tensor, y: Tensor, time: Tensor, rng: random.Random) -> Tensor:
@@ -275,9 +280,9 @@ def _sky(x: Tensor, y: Tensor, time: Tensor, rng: random.Random) -> Tensor:
 
 
 def _bricks(x: Tensor, y: Tensor, time: Tensor, rng: random.Random) -> Tensor:
-    rows = (y + rng.uniform(0, 1)) / 0.26
-    columns = (x + rng.uniform(0, 1)) / 0.5 + 0.5 * (torch.floor(rows) % 2)
-    mortar = torch.sigmoid(30 * (torch.maximum((rows % 1 - 0.5).abs() - 0.41, (columns % 1 - 0.5).abs() - 0.45)))
+    rows = (y + rng.uniform(0, 1)) / 0.4
+    columns = (x + rng.uniform(0, 1)) / 0.8 + 0.5 * (torch.floor(rows) % 2)
+    mortar = torch.sigmoid(24 * torch.maximum((rows % 1 - 0.5).abs() - 0.41, ((columns % 1 - 0.5).abs() - 0.455) * 2))
     shade = 1 + 0.16 * torch.sin(12.9898 * torch.floor(rows) + 78.233 * torch.floor(columns) + rng.uniform(0, 6))
     brick = _tint((0.56, 0.27, 0.20), rng) * shade
     return torch.lerp(brick, torch.full((3, 1, 1, 1), 0.72), mortar.expand(3, 1, *x.shape))
@@ -286,7 +291,7 @@ def _bricks(x: Tensor, y: Tensor, time: Tensor, rng: random.Random) -> Tensor:
 def _night(x: Tensor, y: Tensor, time: Tensor, rng: random.Random) -> Tensor:
     sky = _tint((0.05, 0.05, 0.16), rng).expand(3, 1, *x.shape)
     for _ in range(rng.randint(9, 14)):
-        px, py, reach = rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(0.03, 0.055)
+        px, py, reach = rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(0.045, 0.07)
         sky = sky + 0.85 * torch.exp(-((x - px).square() + (y - py).square()) / reach**2)
     return sky
 
