@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .backprop import Backprop, Exact
 from .decode import decode
+from .decoders import known_decoder
 from .errors import UsageError
 from .steps import LastSteps
 
@@ -56,18 +57,18 @@ def rollout(
         UsageError: See `check_call` and `differentiable`; in the backward pass: weights that changed since the rollout.
     """
     check_call(pipe, call_kwargs)
-    call = inspect.unwrap(type(pipe).__call__)
-    with differentiable(pipe, steps, backprop):
-        return call(pipe, **call_kwargs, output_type="pt").frames
+    with differentiable(pipe, steps, backprop) as call:
+        return call(**call_kwargs, output_type="pt").frames
 
 
 def check_call(pipe: Any, call_kwargs: Mapping[str, Any]) -> None:
     """Check the arguments of a rollout that can be checked before sampling.
 
     Raises:
-        UsageError: An argument that the pipeline does not have or that `rollout` sets itself, or a number of frames or
-            a size that the pipeline would round.
+        UsageError: A VAE that `decode` does not know, an argument that the pipeline does not have or that `rollout`
+            sets itself, or a number of frames or a size that the pipeline would round.
     """
+    known_decoder(pipe.vae)
     name = type(pipe).__name__
     parameters = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -104,8 +105,12 @@ def _grid(pipe: Any) -> dict[str, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def differentiable(pipe: Any, steps: LastSteps, backprop: Backprop) -> Iterator[None]:
-    """Make one call of `inspect.unwrap(type(pipe).__call__)` differentiable; everything is as before on exit.
+def differentiable(
+    pipe: Any, steps: LastSteps, backprop: Backprop, decode: Callable[..., Tensor] = decode
+) -> Iterator[Callable[..., Any]]:
+    """Make one call of the pipeline differentiable; everything is as before on exit.
+
+    Yields the pipeline's own call without its `torch.no_grad`. `decode` takes the place of `chopgrad_align.decode`.
 
     Raises:
         UsageError: Modules with hooks that offload, cache or cast, a rollout inside another of the same pipeline, a
@@ -164,7 +169,7 @@ def differentiable(pipe: Any, steps: LastSteps, backprop: Backprop) -> Iterator[
         for denoiser in denoisers.values():
             stack.enter_context(_replaced(denoiser, "forward", forward))
         stack.enter_context(torch.no_grad())  # also restores the caller's mode after `switch_on_when_due`
-        yield
+        yield functools.partial(inspect.unwrap(type(pipe).__call__), pipe)
         if calls != announced():
             raise UsageError(
                 f"rollout: {type(pipe).__name__} announced {announced()} scheduler steps and took {calls}, so that "

@@ -29,22 +29,22 @@ from chopgrad_align.data import procedural
 FRAMES, SIZE = 17, 64
 LATENT_CHANNELS = 32
 
-VAE_CONFIG = dict(
-    base_dim=32,
-    decoder_base_dim=32,
-    z_dim=LATENT_CHANNELS,
-    dim_mult=[1, 2, 2],
-    num_res_blocks=1,
-    temperal_downsample=[True, True],
-    is_residual=True,
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-    scale_factor_spatial=8,
-    scale_factor_temporal=4,
-    latents_mean=[0.0] * LATENT_CHANNELS,
-    latents_std=[1.0] * LATENT_CHANNELS,
-)
+VAE_CONFIG = {
+    "base_dim": 32,
+    "decoder_base_dim": 32,
+    "z_dim": LATENT_CHANNELS,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 8,
+    "scale_factor_temporal": 4,
+    "latents_mean": [0.0] * LATENT_CHANNELS,
+    "latents_std": [1.0] * LATENT_CHANNELS,
+}
 
 
 # --- a training loop that can be interrupted -------------------------------------------------------------------------
@@ -286,20 +286,20 @@ def train_reward(work: Path, steps: int) -> None:
 
 # --- the denoiser ----------------------------------------------------------------------------------------------------
 
-DENOISER_CONFIG = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=4,
-    attention_head_dim=64,
-    in_channels=LATENT_CHANNELS,
-    out_channels=LATENT_CHANNELS,
-    text_dim=128,
-    freq_dim=128,
-    ffn_dim=512,
-    num_layers=6,
-    cross_attn_norm=True,
-    qk_norm="rms_norm_across_heads",
-    rope_max_seq_len=64,
-)
+DENOISER_CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "text_dim": 128,
+    "freq_dim": 128,
+    "ffn_dim": 512,
+    "num_layers": 6,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 64,
+}
 TRAINING_CLIPS = 16000
 GUIDANCE, SAMPLING_STEPS, TEXT_LENGTH = 4.0, 16, 24
 
@@ -328,7 +328,8 @@ def encode_latents(work: Path, count: int) -> None:
             continue
         means = []
         for first in range(start, start + shard, 20):
-            clips = [procedural.render(training_scene(i), seed=i, frames=FRAMES, size=SIZE) for i in range(first, first + 20)]
+            indices = range(first, first + 20)
+            clips = [procedural.render(training_scene(i), seed=i, frames=FRAMES, size=SIZE) for i in indices]
             with torch.autocast("cpu", torch.bfloat16):
                 means.append(vae.encode(torch.stack(clips) * 2 - 1).latent_dist.mode().half())
         torch.save(torch.cat(means), path.with_suffix(".tmp"))

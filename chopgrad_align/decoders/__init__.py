@@ -30,12 +30,17 @@ def decoder_of(vae: nn.Module, latents: Tensor, **decode_kwargs: Any) -> Decoder
     Raises:
         UsageError: The class is not known, or the latents or arguments do not fit it.
     """
+    return known_decoder(vae)(vae, latents, **decode_kwargs)
+
+
+def known_decoder(vae: nn.Module) -> Callable[..., Decoder]:
+    """What makes the adapter of a VAE; a UsageError if its class is not known."""
     for cls in type(vae).__mro__:
         if (known := _KNOWN.get(cls.__name__)) is not None:
-            if isinstance(known, str):
-                module, name = known.split(":")
-                known = getattr(import_module(f".{module}", __name__), name)
-            return known(vae, latents, **decode_kwargs)  # type: ignore[operator]
+            if not isinstance(known, str):
+                return known
+            module, name = known.split(":")
+            return getattr(import_module(f".{module}", __name__), name)
     raise UsageError(
         f"decode: no decoder is known for {type(vae).__name__}; known are {', '.join(sorted(_KNOWN))}. "
         "To add one, subclass chopgrad_align.decoders.base.Decoder and pass it to chopgrad_align.decoders.register"

@@ -1,0 +1,212 @@
+"""What a run is: one YAML file into typed dataclasses. Only the trainer unpacks them; no algorithm sees a config."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import field, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from ..backprop import Backprop, Exact, Full, Truncated
+from ..errors import UsageError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+_strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
+
+
+@_strict
+class Run:
+    folder: str
+    """Where everything goes; must not hold a run already."""
+    seed: NonNegative = 0
+
+
+@_strict
+class Model:
+    name: str
+    """Folder or hub id of a diffusers pipeline."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; the LoRA is always float32."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    variant: str | None = None
+    """Of the weight files, such as fp16."""
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone."""
+    call: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline's call: height, width, num_frames, num_inference_steps, guidance_scale, …"""
+    gradient_checkpointing: bool = False
+    """Recompute every block of the denoiser too, not only each call of it."""
+    fps: PositiveFloat = 8.0
+    """Of the sample videos."""
+
+
+@_strict
+class Lora:
+    rank: Positive = 16
+    alpha: PositiveFloat | None = None
+    """Scale is alpha / rank; default the rank."""
+    targets: list[str] | str = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    """Names of the denoiser's linear layers, or one regular expression."""
+    dropout: Fraction = 0.0
+
+
+@_strict
+class Data:
+    train: str
+    """Prompt file (.txt, .csv, .jsonl) to sample from."""
+    held_out: str
+    """Prompt file to measure with."""
+
+
+@_strict
+class Reward:
+    name: str
+    """A published name, package.module:Class, or path/to/file.py:Class."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@_strict
+class Gradient:
+    last_steps: Positive = 1
+    """Denoising steps that carry gradient."""
+    decoder: Literal["exact", "truncated", "full"] = "exact"
+    distance: NonNegative = 0
+    """Of truncated, in frame groups."""
+    cache: Literal["device", "host", "recompute"] = "device"
+    checkpoint: bool = True
+    """Recompute blocks inside a frame group."""
+    saturated: Literal["zero", "pass"] = "zero"
+    """Gradient of pixels clamped to [-1, 1]."""
+
+    def policy(self) -> Backprop:
+        match self.decoder:
+            case "full":
+                return Full(saturated=self.saturated)
+            case "truncated":
+                return Truncated(self.distance, cache=self.cache, checkpoint=self.checkpoint, saturated=self.saturated)
+        return Exact(cache=self.cache, checkpoint=self.checkpoint, saturated=self.saturated)
+
+
+@_strict
+class Train:
+    steps: Positive
+    batch_size: Positive = 4
+    """Videos for one optimizer step, over all processes."""
+    micro_batch: Positive = 1
+    """Videos sampled at a time by one process; the rest is accumulated."""
+    learning_rate: PositiveFloat = 1e-4
+    warmup_steps: NonNegative = 0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+
+
+@_strict
+class Validation:
+    every: NonNegative = 0
+    """Steps between held-out measurements; 0: before and after only."""
+    pairs: Annotated[int, Field(ge=2)] = 64
+    """Pairs of held-out prompt and seed."""
+    videos: NonNegative = 8
+    """Of them, how many are written as mp4."""
+    batch: Positive = 1
+
+
+@_strict
+class Checkpoint:
+    every: NonNegative = 0
+    """Steps between checkpoints; 0: at the end only."""
+    keep: Positive = 2
+
+
+@_strict
+class Config:
+    run: Run
+    model: Model
+    data: Data
+    rewards: Annotated[dict[str, Reward], Field(min_length=1)]
+    """Terms of the objective: a name of your own for each."""
+    train: Train
+    lora: Lora = field(default_factory=Lora)
+    gradient: Gradient = field(default_factory=Gradient)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+
+
+def _package_path(path: str) -> str:
+    return str(files("chopgrad_align") / path)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file (default: the embedded one) and apply `key.sub=value` overrides.
+
+    `${package:PATH}` in a value is a file of the installed package; paths are otherwise relative to the current folder.
+
+    Raises:
+        UsageError: No such file, not YAML, an unknown key, a wrong type or an impossible value: one line with the key,
+            what was expected and the nearest known key.
+    """
+    OmegaConf.register_resolver("package", _package_path, replace=True)
+    if path is None:
+        path = str(files("chopgrad_configs") / "embedded.yaml")
+    if not Path(path).is_file():
+        known = ", ".join(sorted(p.name for p in Path(str(files("chopgrad_configs"))).glob("*.yaml")))
+        raise UsageError(f"no config file {path}; in configs/ there are {known}")
+    for override in overrides:
+        if "=" not in override or override.startswith(("-", "=")):
+            raise UsageError(f"cannot read the override {override!r}; write key.sub=value")
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise UsageError(f"the config {path} must be a mapping of sections, such as run, model and train")
+        tree = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+    except UsageError:
+        raise
+    except (OmegaConfBaseException, Exception) as error:
+        if type(error).__module__.partition(".")[0] not in ("omegaconf", "yaml"):
+            raise
+        raise UsageError(f"cannot read the config {path}: {' '.join(str(error).split())}") from error
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise UsageError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from error
+
+
+def _sentence(error: Any) -> str:
+    location = [str(part) for part in error["loc"] if part not in ("list[str]", "str", "constrained-str")]
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, 1, cutoff=0)
+        where = ".".join(location[:-1]) or "the top level"
+        return f"unknown key {key!r}; the nearest at {where} is {near[0] if near else 'none'!r}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key!r} is missing"
+    message = error["msg"].removeprefix("Input should be ")
+    return f"{key}: expected {message}, got {error['input']!r}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    kind: Any = Config
+    for part in location:
+        kind = get_type_hints(kind)[part] if is_dataclass(kind) else get_args(kind)[1]  # a value of dict[str, kind]
+    return [f.name for f in fields(kind)] if is_dataclass(kind) else []
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config, defaults included, as YAML that `load_config` reads back to the same."""
+    return OmegaConf.to_yaml(TypeAdapter(Config).dump_python(config, mode="json"))

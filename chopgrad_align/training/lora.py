@@ -1,0 +1,85 @@
+"""LoRA on the denoisers of a pipeline, by peft: add, collect, save in diffusers' format, load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import UsageError
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+_TRAINED = ("transformer", "transformer_2", "unet")
+
+
+def add_lora(pipe: Any, config: LoraConfig) -> dict[str, nn.Module]:
+    """Freeze the pipeline, add a LoRA to its denoisers, and return these by component name.
+
+    The LoRA's weights are float32 whatever the denoiser's type: updates of bfloat16 weights fall below their rounding
+    step and training silently stops.
+    """
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
+    denoisers = {name: pipe.components[name] for name in _TRAINED if pipe.components.get(name) is not None}
+    if not denoisers:
+        raise UsageError(f"{type(pipe).__name__} has no denoiser among {', '.join(_TRAINED)}")
+    for name, denoiser in denoisers.items():
+        try:
+            inject_adapter_in_model(config, denoiser, adapter_name="default")
+        except ValueError as error:
+            linear = sorted({n.rsplit(".", 1)[-1] for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)})
+            raise UsageError(
+                f"lora.targets={config.target_modules} match no layer of {name} ({type(denoiser).__name__}); "
+                f"its linear layers are called {', '.join(linear)}"
+            ) from error
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return denoisers
+
+
+def lora_parameters(denoisers: dict[str, nn.Module]) -> list[nn.Parameter]:
+    return [p for denoiser in denoisers.values() for p in denoiser.parameters() if p.requires_grad]
+
+
+def lora_state(denoisers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The LoRA's weights by diffusers' names, `component.layer.lora_A.weight`."""
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, denoiser in denoisers.items()
+        for key, value in get_peft_model_state_dict(denoiser).items()
+    }
+
+
+def load_lora_state(denoisers: dict[str, nn.Module], file: Path) -> None:
+    state = load_file(file)
+    for name, denoiser in denoisers.items():
+        own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+        set_peft_model_state_dict(denoiser, own)
+
+
+def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, folder: Path) -> None:
+    """Save so that `pipe.load_lora_weights(folder)` of plain diffusers gives the same model, alpha included.
+
+    Stable Video Diffusion has no LoRA loader in diffusers; its file has the same layout, under `unet.`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not hasattr(pipe, "save_lora_weights"):
+        save_file(lora_state(denoisers), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        return
+    arguments: dict[str, Any] = {}
+    for name, denoiser in denoisers.items():
+        arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(denoiser)
+        arguments[f"{name}_lora_adapter_metadata"] = config.to_dict()
+    type(pipe).save_lora_weights(str(folder), **arguments)
+
+
+def lora_config(rank: int, alpha: float | None, targets: list[str] | str, dropout: float) -> LoraConfig:
+    """Gaussian A and zero B: the model starts as the base model, exactly."""
+    return LoraConfig(
+        r=rank, lora_alpha=alpha or rank, target_modules=targets, lora_dropout=dropout, init_lora_weights="gaussian"
+    )

@@ -1,0 +1,51 @@
+"""Where the time and the memory of a step go."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Phases:
+    """Seconds in named phases of a step; a phase inside another counts for the inner one alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._mark()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._mark()
+            self._open.pop()
+
+    def _mark(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # or the work would be counted where it is waited for
+        now = time.perf_counter()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+    def collect(self) -> dict[str, float]:
+        """`seconds/NAME` since the last collection, and `peak_memory_gib`: of the device, or the process's on CPU."""
+        row = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {**row, "peak_memory_gib": peak / 2**30}

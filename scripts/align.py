@@ -1,0 +1,37 @@
+"""Fine-tune a video diffusion pipeline by rewards on its decoded pixels.
+
+accelerate launch scripts/align.py                                              # the embedded pipeline
+accelerate launch scripts/align.py --config configs/wan2.1_t2v_1.3b_hps.yaml train.steps=500
+accelerate launch scripts/align.py --config runs/mine/config.yaml --resume
+"""
+
+import argparse
+
+from chopgrad_align.errors import exit_on_usage_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="a complete run (default: configs/embedded.yaml)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run.folder from its last checkpoint")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--dry-run", action="store_true", help="load and check everything, and stop before sampling")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    args = parser.parse_args()
+    with exit_on_usage_error():
+        from chopgrad_align.training.config import load_config, to_yaml
+
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(to_yaml(config), end="")
+            return
+        from chopgrad_align.training.loop import train
+
+        result = train(config, resume=args.resume, dry_run=args.dry_run)
+        if result is not None:
+            print(f"held-out reward: {result}")
+            print(f"look at {config.run.folder}/report.html; the LoRA is in {config.run.folder}/lora")
+
+
+if __name__ == "__main__":
+    main()
