@@ -50,7 +50,7 @@ class Recurrence:
     ) -> None:
         self.decoder, self.backprop, self.groups, self.readout = decoder, backprop, groups, readout
         self.shown = [True] * len(groups) if shown is None else shown
-        self.weights = [p for p in decoder.vae.parameters() if p.requires_grad]
+        self.weights: list[Tensor] = [p for p in decoder.vae.parameters() if p.requires_grad]
         self.conditions: list[_Conditions] = []
         # No gradient crosses groups: the backward pass may go forward in time, and needs no stored caches.
         self.local = not decoder.recurrent or (isinstance(backprop, Truncated) and backprop.distance == 0)
@@ -114,7 +114,7 @@ class Recurrence:
                     _, _, caches = self.pull(index, part, hidden, caches, [(piece, None)], gradient, carry=False)
             return gradient
 
-        pending: list[Cotangents] = []  # of the caches after the group at hand
+        pending: Sequence[Cotangents | None] = []  # of the caches after the group at hand
         for index, caches in self._replay(hidden, kept):
             own = cotangents[index]
             if isinstance(self.backprop, Truncated):
@@ -269,7 +269,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recurrence: Recurrence, hidden: Tensor, *weights: Tensor) -> Tensor:
         ctx.gradient = _Gradient(hidden, weights)
-        losses, caches = [], []
+        losses: list[Any] = []
+        caches: Caches = []
         one = torch.ones((), device=hidden.device)
         for index, group in enumerate(recurrence.groups):
             recurrence.conditions.append(_Conditions(hidden.device))

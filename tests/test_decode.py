@@ -4,9 +4,9 @@ import pytest
 import tiny_vaes
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chopgrad_align import Exact, Full, Truncated, UsageError, decode, decode_loss
+from chopgrad_align.memory import StorageCount
 
 EXACT = [
     Exact(),
@@ -35,7 +35,7 @@ def case(request):
     return vae, torch.randn(shape, requires_grad=True), decode_kwargs
 
 
-@pytest.fixture()
+@pytest.fixture
 def full_precision(monkeypatch):
     """Wan's upsampling passes through float32; without that, float64 means float64."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
@@ -269,34 +269,9 @@ def test_dropout_and_autocast_are_the_same_when_groups_run_again():
         assert torch.equal(after, state)  # the backward pass draws nothing
 
 
-class Storage(TorchDispatchMode):
-    """Counts the bytes of storages that are alive at once, of all that are made while it is on."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        import weakref
-
-        result = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = size = storage.nbytes()
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, storage._cdata)
-        return result
-
-    def _freed(self, key):
-        self.now -= self.alive.pop(key)
-
-
 def _peak(vae, frames: int, backprop) -> float:
     latents = torch.randn(1, 4, frames, 8, 8, requires_grad=True)
-    with Storage() as storage:
+    with StorageCount() as storage:
         decode(vae, latents, backprop).sum().backward()
     return storage.peak
 
@@ -371,9 +346,7 @@ def test_wrong_uses_are_refused_in_words():
     with pytest.raises(UsageError, match="second derivatives"):
         torch.autograd.grad(decode(vae, latents).sum(), latents, create_graph=True)
     with pytest.raises(UsageError, match="second derivatives"):
-        torch.autograd.grad(
-            decode_loss(vae, latents, lambda p, _: p.sum(), Truncated(0)), latents, create_graph=True
-        )
+        torch.autograd.grad(decode_loss(vae, latents, lambda p, _: p.sum(), Truncated(0)), latents, create_graph=True)
     pixels = decode(vae, latents)
     with torch.no_grad():
         vae.decoder.conv_in.weight.mul_(2)
@@ -386,7 +359,7 @@ def test_wrong_uses_are_refused_in_words():
     for frames in ([9], [], [-10], slice(9, None)):
         with pytest.raises(UsageError, match="at least one of the 9 frames"):
             decode(vae, latents, frames=frames)
-    with pytest.raises(UsageError, match="known are AutoencoderKL, .*AutoencoderKLWan.*register"):
+    with pytest.raises(UsageError, match=r"known are AutoencoderKL, .*AutoencoderKLWan.*register"):
         decode(nn.Linear(1, 1), latents)
     with pytest.raises(UsageError, match=r"4 latent frames are not whole clips of num_frames=3"):
         decode(tiny_vaes.temporal_vae(), torch.randn(4, 4, 4, 4), num_frames=3)

@@ -357,7 +357,5 @@ def _camera(layer: Tensor, frames: int, size: int, rng: random.Random, reach: fl
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     theta = torch.stack([torch.stack([cos, -sin, pan_x + shake], 1), torch.stack([sin, cos, pan_y - shake], 1)], 1)
     grid = F.affine_grid(theta, [frames, layer.shape[0], size, size], align_corners=False)
-    film = F.grid_sample(
-        layer[None].expand(frames, -1, -1, -1), grid, padding_mode="reflection", align_corners=False
-    )
+    film = F.grid_sample(layer[None].expand(frames, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
     return film.transpose(0, 1)

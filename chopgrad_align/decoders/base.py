@@ -46,7 +46,7 @@ class Decoder(ABC):
     """Whether the model now decodes the samples of a batch one by one (`vae.enable_slicing()`)."""
 
     def __init__(self, vae: nn.Module) -> None:
-        self.vae = vae
+        self.vae: Any = vae  # to a type checker every layer of a module would be a tensor or a module
 
     @abstractmethod
     def groups(self, latents: Tensor) -> list[Group]:

@@ -87,7 +87,9 @@ def draw_curves(run: str | Path) -> Path:
         panels.append(("reward", lambda axes: _draw_reward(axes, training, held_out)))
     for index, key in enumerate(key for key in training if key.endswith("/score")):
         term = key.removesuffix("/score")
-        panels.append((term, lambda axes, k=key, t=term, i=index: _draw_term(axes, training, held_out, k, t, i)))
+        panels.append(
+            (term, lambda axes, k=key, t=term, i=index: _draw_term(axes, training, held_out, k, t, i))  # type: ignore[misc]
+        )
     if "grad_norm" in training:
         panels.append(("gradient norm", lambda axes: _draw_gradient(axes, training)))
     if any(key.startswith("seconds/") for key in training):
@@ -136,7 +138,7 @@ def _draw_reward(axes: Axes, training: Series, held_out: Series) -> None:
     _draw_line(axes, training, "reward", _COLOURS[0], "training, smoothed")
     if "heldout/reward_mean" in held_out:
         error = held_out.get("heldout/reward_stderr")
-        style = {"fmt": "o", "color": _HELD_OUT, "markersize": 4.5, "capsize": 3, "linewidth": 1.2, "zorder": 3}
+        style: dict[str, Any] = {"fmt": "o", "color": _HELD_OUT, "markersize": 4.5, "capsize": 3, "linewidth": 1.2, "zorder": 3}
         axes.errorbar(held_out["step"], held_out["heldout/reward_mean"], error, label="held out ± s.e.", **style)
     axes.legend(**_LEGEND)
 
