@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..data.video import read_video
 from ..errors import UsageError
 
 _INK, _PAPER, _GAP = "#222222", "#ffffff", 6
@@ -49,6 +52,20 @@ def contact_sheet(
         for left, strip in zip(lefts, strips[row], strict=True):
             sheet.paste(strip, (left, top + line))
     return sheet
+
+
+def draw_samples(run: str | Path, most: int = 6) -> Path | None:
+    """Write `samples.png` of a run: its first samples before and after, from their files; None if it has none."""
+    folder = Path(run) / "samples"
+    names = sorted(path.name for path in (folder / "before").glob("*.mp4") if (folder / "after" / path.name).is_file())
+    if not names:
+        return None
+    names = names[:most]
+    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    videos = {side: [read_video(folder / side / name)[0] for name in names] for side in ("before", "after")}
+    path = Path(run) / "samples.png"
+    contact_sheet(videos, [prompts[int(Path(name).stem)] for name in names]).save(path)
+    return path
 
 
 def _strip(video: Tensor, frames: int, height: int) -> Image.Image:

@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..evaluation.curves import draw_curves
 from ..evaluation.heldout import Paired, paired
 from ..evaluation.report import write_report
+from ..evaluation.sheet import draw_samples
 from ..objective import Objective
 from ..reward import check_reward
 from ..rollout import check_call, differentiable
@@ -245,6 +246,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         }
         folder.write(folder.held_out, json.dumps(held))
         draw_curves(folder.path)
+        draw_samples(folder.path)
         write_report(folder.path)
     accelerator.wait_for_everyone()
     return result
