@@ -40,4 +40,3 @@ class StorageCount(TorchDispatchMode):
 
     def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
-

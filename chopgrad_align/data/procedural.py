@@ -113,7 +113,7 @@ def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
             return scene
 
 
-def render(scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None)) -> Tensor:  # noqa: B008
+def render(scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None)) -> Tensor:
     """Draw a scene; the seed decides what the caption leaves open (place, speed, phase, shades).
 
     Args:

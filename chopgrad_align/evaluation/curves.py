@@ -138,7 +138,14 @@ def _draw_reward(axes: Axes, training: Series, held_out: Series) -> None:
     _draw_line(axes, training, "reward", _COLOURS[0], "training, smoothed")
     if "heldout/reward_mean" in held_out:
         error = held_out.get("heldout/reward_stderr")
-        style: dict[str, Any] = {"fmt": "o", "color": _HELD_OUT, "markersize": 4.5, "capsize": 3, "linewidth": 1.2, "zorder": 3}
+        style: dict[str, Any] = {
+            "fmt": "o",
+            "color": _HELD_OUT,
+            "markersize": 4.5,
+            "capsize": 3,
+            "linewidth": 1.2,
+            "zorder": 3,
+        }
         axes.errorbar(held_out["step"], held_out["heldout/reward_mean"], error, label="held out ± s.e.", **style)
     axes.legend(**_LEGEND)
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UsageError
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+_CONFIG = "lora_config"
 _TRAINED = ("transformer", "transformer_2", "unet")
 
 
-def add_lora(pipe: Any, config: LoraConfig) -> dict[str, nn.Module]:
+def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
     """Freeze the pipeline, add a LoRA to its denoisers, and return these by component name.
 
     The LoRA's weights are float32 whatever the denoiser's type: updates of bfloat16 weights fall below their rounding
@@ -65,17 +68,29 @@ def load_lora_state(denoisers: dict[str, nn.Module], file: Path) -> None:
 def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, folder: Path) -> None:
     """Save so that `pipe.load_lora_weights(folder)` of plain diffusers gives the same model, alpha included.
 
-    Stable Video Diffusion has no LoRA loader in diffusers; its file has the same layout, under `unet.`.
+    Stable Video Diffusion has no LoRA loader in diffusers: `load_lora` is for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not hasattr(pipe, "save_lora_weights"):
-        save_file(lora_state(denoisers), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        kept = {name: getattr(config, name) for name in ("r", "lora_alpha", "target_modules")}
+        metadata = {"format": "pt", _CONFIG: json.dumps(kept, default=sorted)}  # peft holds targets in a set
+        save_file(lora_state(denoisers), folder / WEIGHTS_NAME, metadata=metadata)
         return
     arguments: dict[str, Any] = {}
     for name, denoiser in denoisers.items():
         arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(denoiser)
         arguments[f"{name}_lora_adapter_metadata"] = config.to_dict()
     type(pipe).save_lora_weights(str(folder), **arguments)
+
+
+def load_lora(pipe: Any, folder: Path) -> None:
+    """Add a saved LoRA to a plain pipeline, also to one for which diffusers has no loader."""
+    if hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(folder, weight_name=WEIGHTS_NAME)
+        return
+    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+        config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
+    load_lora_state(add_lora(pipe, config), folder / WEIGHTS_NAME)
 
 
 def lora_config(rank: int, alpha: float | None, targets: list[str] | str, dropout: float) -> LoraConfig:

@@ -1,0 +1,193 @@
+"""The package as a whole: what imports what, how it loads, and that it brings its data along."""
+
+import ast
+import graphlib
+import importlib.util
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import chopgrad_align
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"chopgrad_align": ROOT / "chopgrad_align", "chopgrad_rewards": ROOT / "rewards"}
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = (package, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def imports(module: str, at_once: bool = False) -> set[str]:
+    """The modules that a module names in import statements, as absolute names.
+
+    `at_once` leaves those out that stand in functions.
+    """
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    later = {id(node) for function in functions for node in ast.walk(function)} if at_once else set()
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in later:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                is_package = MODULES[module].name == "__init__.py"
+                parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                base = ".".join([*parents, *filter(None, [base])])
+            # `from .training import loop` names a module; `from .decode import decode` a thing in one
+            found |= {name if (name := f"{base}.{alias.name}") in MODULES else base for alias in node.names}
+    return found
+
+
+def importers(name: str) -> set[str]:
+    """The modules that import `name`, a library or a part of this package, or something in it."""
+    return {m for m in MODULES if any(f"{i}.".startswith(f"{name}.") for i in imports(m))}
+
+
+def within(modules: set[str], *allowed: str) -> bool:
+    return all(any(f"{m}.".startswith(f"chopgrad_align.{a}.") for a in allowed) for m in modules)
+
+
+# --- what imports what ------------------------------------------------------------------------------------------------
+
+# The mathematics, from the bottom up: torch, and what stands before it here. So it can be read, and used, without any
+# model library.
+CORE = ["errors", "memory", "backprop", "steps", "reward", "decoders.base", "decoders", "recurrence", "decode"]
+
+
+def beyond(core: list[str], found: set[str]) -> set[str]:
+    """The imports that are neither torch's nor the standard library's nor these modules."""
+    ours = {f"chopgrad_align.{name}" for name in core}
+    return {i for i in found - ours if i.split(".")[0] not in {"torch", *sys.stdlib_module_names}}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_imports_torch_alone(name):
+    assert not beyond(CORE[: CORE.index(name)], imports(f"chopgrad_align.{name}"))
+
+
+def test_the_rollout_imports_torch_alone_until_it_runs():
+    assert not beyond(CORE, imports("chopgrad_align.rollout", at_once=True))
+
+
+def test_model_libraries_stay_where_they_belong():
+    assert within(importers("diffusers"), "decoders", "rollout", "training")
+    assert within(importers("peft"), "training")
+    assert within(importers("accelerate"), "training")
+
+
+def test_imports_point_down():
+    assert within(importers("chopgrad_align.training"), "training", "planner")
+    assert within(importers("chopgrad_align.evaluation"), "evaluation", "training", "planner")
+    ours = {module: imports(module) & MODULES.keys() for module in MODULES}
+    graphlib.TopologicalSorter(ours).prepare()  # raises for a cycle, and names it
+
+
+def test_rewards_know_the_protocol_and_nothing_knows_them():
+    rewards = {module for module in MODULES if module.split(".")[0] == "chopgrad_rewards"}
+    assert importers("chopgrad_rewards") <= rewards
+    used = {i for module in rewards for i in imports(module) if i.split(".")[0] == "chopgrad_align"}
+    assert used <= {"chopgrad_align.errors", "chopgrad_align.reward"}
+
+
+# --- how it loads -----------------------------------------------------------------------------------------------------
+
+
+def _run(code: str, folder: Path) -> str:
+    """Its output, in a fresh interpreter that was started elsewhere."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_costs_little_more_than_torch_and_loads_nothing_heavy(tmp_path):
+    code = (
+        "import json, sys, time; import torch; start = time.perf_counter()\n"
+        "from chopgrad_align import decode, decode_loss, rollout, Exact, Truncated, Full, LastSteps, load_reward\n"
+        "print(json.dumps([time.perf_counter() - start, sorted(sys.modules)]))"
+    )
+    seconds, loaded = zip(*(json.loads(_run(code, tmp_path)) for _ in range(3)), strict=True)
+    assert statistics.median(seconds) < 2
+    heavy = {"accelerate", "av", "chopgrad_rewards", "diffusers", "matplotlib", "open_clip", "peft", "transformers"}
+    assert not heavy & set(loaded[0])
+
+
+def test_functions_keep_their_names_whatever_is_imported_first(tmp_path):
+    _run(
+        """
+import importlib, itertools, sys, types
+import torch
+modules = ["chopgrad_align", "chopgrad_align.decode", "chopgrad_align.rollout", "chopgrad_align.reward"]
+for order in itertools.permutations(modules):
+    for name in [name for name in sys.modules if name.split(".")[0] == "chopgrad_align"]:
+        del sys.modules[name]
+    for name in order:
+        importlib.import_module(name)
+    from chopgrad_align import decode, rollout
+    assert isinstance(decode, types.FunctionType) and isinstance(rollout, types.FunctionType), order
+""",
+        tmp_path,
+    )
+
+
+def test_every_public_name_says_what_it_is():
+    for name in chopgrad_align.__all__:
+        thing = getattr(chopgrad_align, name)
+        assert thing.__doc__, name
+        assert not thing.__doc__.startswith(f"{name}("), name  # what a dataclass gets that has none
+        for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+            assert member.startswith("_") or not inspect.isfunction(value) or value.__doc__, f"{name}.{member}"
+    for module, path in MODULES.items():
+        source = path.read_text(encoding="utf-8")
+        assert not source.strip() or ast.get_docstring(ast.parse(source)), module
+
+
+# --- what it brings along ---------------------------------------------------------------------------------------------
+
+
+def _files_in(folder) -> set[str]:
+    """Paths below a folder of the tree or of a package."""
+    if not folder.is_dir():
+        return set()
+    below = {f"{entry.name}/{name}" for entry in folder.iterdir() if entry.is_dir() for name in _files_in(entry)}
+    return below | {entry.name for entry in folder.iterdir() if entry.is_file()}
+
+
+def test_configs_and_embedded_files_are_found_in_the_package():
+    configs = {name for name in _files_in(ROOT / "configs") if name.endswith(".yaml")}
+    assert configs <= _files_in(files("chopgrad_configs"))
+    assert _files_in(ROOT / "chopgrad_align" / "embedded") <= _files_in(files("chopgrad_align") / "embedded")
+
+
+OURS = [entry for entry in entry_points(group="chopgrad_align.rewards") if entry.dist.name == "chopgrad-align"]
+
+
+def test_every_reward_of_the_folder_is_published():
+    published = {entry.module for entry in OURS}
+    helpers = {"chopgrad_rewards", "chopgrad_rewards.checkpoints", "chopgrad_rewards.preprocess"}
+    assert published == {module for module in MODULES if module.split(".")[0] == "chopgrad_rewards"} - helpers
+
+
+@pytest.mark.parametrize("entry", OURS, ids=lambda entry: entry.name)
+def test_published_names_lead_to_a_class(entry):
+    spec = importlib.util.find_spec(entry.module)  # not imported: that would load the model libraries
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    assert entry.attr in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
