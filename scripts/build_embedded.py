@@ -1,7 +1,7 @@
 """Train the embedded pipeline and its reward from nothing, on procedural videos, and record what they reached.
 
     python scripts/build_embedded.py                       # all stages, in order; interrupted, it goes on where it was
-    python scripts/build_embedded.py vae --work build      # one stage
+    python scripts/build_embedded.py vae --work DIR        # one stage
     python scripts/build_embedded.py evaluate --clips DIR  # figures for the model card, real clips included
 
 Stages: `vae` (AutoencoderKLWan in Wan 2.2's residual, patchified shape), `reward` (open_clip, contrastive), `latents`
@@ -17,7 +17,9 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from chopgrad_align.data import procedural
+from chopgrad_align.reward import Reward
 
 FRAMES, SIZE = 17, 64
 LATENT_CHANNELS = 32
@@ -56,7 +59,7 @@ def train(
     modules: dict[str, nn.Module],
     steps: int,
     learning_rate: float,
-    loss_of_step,
+    loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]],
     ema_decay: float = 0.999,
     weight_decay: float = 0.0,
 ) -> dict[str, dict[str, Tensor]]:
@@ -88,7 +91,7 @@ def train(
         ema, first = state["ema"], state["step"]
 
     def save(step: int) -> None:
-        state = {"modules": {n: m.state_dict() for n, m in modules.items()}}
+        state: dict[str, Any] = {"modules": {n: m.state_dict() for n, m in modules.items()}}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         torch.save(state | {"ema": ema, "step": step}, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
@@ -134,14 +137,14 @@ def train(
 # --- the video autoencoder -------------------------------------------------------------------------------------------
 
 
-def make_vae():
+def make_vae() -> Any:
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(0)
     return AutoencoderKLWan(**VAE_CONFIG)
 
 
-def decode_without_clamp(vae, latents: Tensor) -> Tensor:
+def decode_without_clamp(vae: Any, latents: Tensor) -> Tensor:
     """The decoder's raw output: the clamp of `vae.decode` has no gradient at saturated pixels, of which a young
     decoder makes so many that it hardly learns."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -179,7 +182,7 @@ def vae_batches(step: int, steps: int) -> Tensor:
 def train_vae(work: Path, steps: int) -> None:
     vae = make_vae().train()
 
-    def loss_of_step(step: int):
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         video = vae_batches(step, steps)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(video).latent_dist
@@ -196,7 +199,7 @@ def train_vae(work: Path, steps: int) -> None:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer():
+def make_tokenizer() -> Any:
     """Word level; [EOS] has the highest id, because open_clip reads a text's embedding at its highest id."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -214,7 +217,7 @@ def make_tokenizer():
     )
 
 
-def save_tokenizer(tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
     fields = json.loads(config.read_text())
@@ -224,7 +227,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 # --- the reward ------------------------------------------------------------------------------------------------------
 
-REWARD_CONFIG = {
+REWARD_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": SIZE, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 24, "width": 128, "heads": 4, "layers": 2, "hf_tokenizer_name": "embedded"},
@@ -232,7 +235,7 @@ REWARD_CONFIG = {
 REWARD_MEAN, REWARD_STD = [0.5] * 3, [0.5] * 3
 
 
-def make_reward(tokenizer):
+def make_reward(tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     import copy
 
     from open_clip.model import CLIP
@@ -269,7 +272,7 @@ def train_reward(work: Path, steps: int) -> None:
     model, _ = make_reward(tokenizer)
     model.train()
 
-    def loss_of_step(step: int):
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         frames, captions = reward_batch(step, 128)
         text = tokenizer(captions, padding="max_length", max_length=24, return_tensors="pt").input_ids
         with torch.autocast("cpu", torch.bfloat16):
@@ -312,7 +315,7 @@ CALL = {
 }
 
 
-def trained(work: Path, name: str, module: nn.Module, key: str | None = None) -> nn.Module:
+def trained(work: Path, name: str, module: Any, key: str | None = None) -> Any:
     """The module with the averaged weights of its stage."""
     checkpoint = work / f"{name}.pt"
     if not checkpoint.exists():
@@ -329,7 +332,7 @@ def training_scene(index: int) -> procedural.Scene:
 def encode_latents(work: Path, count: int) -> None:
     """Encode the denoiser's training clips, in shards, so that an interrupted encoding goes on."""
     vae = trained(work, "vae", make_vae())
-    shard = 500
+    shard = min(500, count)
     for start in tqdm(range(0, count, shard), desc="latents"):
         path = work / f"latents-{start:06d}.pt"
         if path.exists():
@@ -348,7 +351,7 @@ def load_latents(work: Path) -> Tensor:
     return torch.cat([torch.load(path, weights_only=True) for path in sorted(work.glob("latents-*.pt"))])
 
 
-def make_pipeline(work: Path, mean: Tensor, std: Tensor):
+def make_pipeline(work: Path, mean: Tensor, std: Tensor) -> Any:
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -383,7 +386,7 @@ def train_denoiser(work: Path, steps: int, batch: int = 32) -> None:
     pipe = make_pipeline(work, mean, std)
     denoiser, text_encoder = pipe.transformer.train(), pipe.text_encoder.train()
 
-    def loss_of_step(step: int):
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = torch.randint(len(latents), (batch,))
         clean = (latents[chosen].float() - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
         drop = torch.rand(batch) < 0.1
@@ -450,7 +453,7 @@ def psnr(video: Tensor, other: Tensor) -> float:
     return -10 * math.log10((video - other).square().mean().item())
 
 
-def reconstruction(vae, clips: list[Tensor]) -> tuple[float, list[Tensor]]:
+def reconstruction(vae: Any, clips: list[Tensor]) -> tuple[float, list[Tensor]]:
     """Mean PSNR over clips `(3, F, H, W)`, and the reconstructions."""
     outputs = []
     for clip in clips:
@@ -474,7 +477,7 @@ def real_clips(folder: Path) -> list[Tensor]:
     return clips
 
 
-def retrieval(reward, videos: list[Tensor], scenes: list[procedural.Scene], choices: int = 32) -> float:
+def retrieval(reward: Reward, videos: list[Tensor], scenes: list[procedural.Scene], choices: int = 32) -> float:
     """How often the reward scores a video `(F, 3, H, W)` highest with its own caption, of 32 held-out ones."""
     rng, right = random.Random("choices"), 0
     for video, scene in zip(videos, scenes, strict=True):
@@ -533,8 +536,8 @@ def write_card(figures: dict[str, float]) -> None:
         "`pipeline/` is a diffusers folder (WanPipeline: AutoencoderKLWan in Wan 2.2's residual, patchified shape,",
         "WanTransformer3DModel, a UMT5 encoder with a word-level tokenizer): text to video, 17 frames at 64x64.",
         "`reward/` is an open_clip folder that scores frames against captions. Both were trained from nothing by",
-        "`scripts/build_embedded.py` on videos made by `chopgrad_align.data.procedural`; a tenth of the captions, chosen",
-        "by a hash of their text, was held out. Licence: that of the package.",
+        "`scripts/build_embedded.py` on videos made by `chopgrad_align.data.procedural`; a tenth of the captions,",
+        "chosen by a hash of their text, was held out. Licence: that of the package.",
         "",
         f"Measured by `scripts/build_embedded.py evaluate` on {figures['videos']} held-out captions (32 choices):",
         "",
@@ -564,7 +567,7 @@ STAGES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; default: all, in order")
-    parser.add_argument("--work", type=Path, default=Path("build/embedded"), help="checkpoints and logs")
+    parser.add_argument("--work", type=Path, default=Path("runs/build_embedded"), help="checkpoints and logs")
     parser.add_argument("--clips", type=Path, help="folder of real mp4 files, for `evaluate`")
     args = parser.parse_args()
     if unknown := set(args.stage) - set(STAGES):
