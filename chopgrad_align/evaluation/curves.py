@@ -56,7 +56,7 @@ def read_metrics(run: str | Path) -> tuple[Series, Series]:
 def _columns(rows: dict[int, dict]) -> Series:
     ordered = [rows[step] for step in sorted(rows)]
     keys = dict.fromkeys(key for row in ordered for key, value in row.items() if isinstance(value, int | float))
-    return {key: np.array([float(row.get(key, np.nan)) for row in ordered]) for key in keys}
+    return {key: np.array([row.get(key) for row in ordered], dtype=float) for key in keys}  # None becomes NaN
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -151,53 +153,71 @@ def _package_path(path: str) -> str:
     return str(files("chopgrad_align") / path)
 
 
+def _configs_path(path: str) -> str:
+    return str(files("chopgrad_configs") / path)
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a config file (default: the embedded one) and apply `key.sub=value` overrides.
 
-    `${package:PATH}` in a value is a file of the installed package; paths are otherwise relative to the current folder.
+    `${package:PATH}` and `${configs:PATH}` in a value are files of the installed package and of its configs; paths are
+    otherwise relative to the current folder.
 
     Raises:
         UsageError: No such file, not YAML, an unknown key, a wrong type or an impossible value: one line with the key,
             what was expected and the nearest known key.
     """
     OmegaConf.register_resolver("package", _package_path, replace=True)
+    OmegaConf.register_resolver("configs", _configs_path, replace=True)
     if path is None:
         path = str(files("chopgrad_configs") / "embedded.yaml")
     if not Path(path).is_file():
         known = ", ".join(sorted(p.name for p in Path(str(files("chopgrad_configs"))).glob("*.yaml")))
         raise UsageError(f"no config file {path}; in configs/ there are {known}")
+    with _readable(f"config {path}"):
+        tree: Any = OmegaConf.load(path)
+        if not isinstance(tree, DictConfig):
+            raise UsageError(f"the config {path} must be a mapping of sections, such as run, model and train")
     for override in overrides:
         if "=" not in override or override.startswith(("-", "=")):
             raise UsageError(f"cannot read the override {override!r}; write key.sub=value")
+        with _readable(f"override {override!r}"):
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+    with _readable(f"config {path}"):
+        resolved = OmegaConf.to_container(tree, resolve=True)
     try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise UsageError(f"the config {path} must be a mapping of sections, such as run, model and train")
-        tree = OmegaConf.to_container(OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides))), resolve=True)
-    except UsageError:
-        raise
-    except (OmegaConfBaseException, Exception) as error:
-        if type(error).__module__.partition(".")[0] not in ("omegaconf", "yaml"):
-            raise
-        raise UsageError(f"cannot read the config {path}: {' '.join(str(error).split())}") from error
-    try:
-        return TypeAdapter(Config).validate_python(tree)
+        return TypeAdapter(Config).validate_python(resolved)
     except ValidationError as error:
-        raise UsageError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from error
+        # A string in place of a list of strings is allowed: the list's error says so for both.
+        wrong = [_sentence(e) for e in error.errors() if e["loc"][-1] != "str"]
+        raise UsageError(f"{path}: " + "; ".join(wrong)) from error
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"cannot read the {what}: {' '.join(str(error).split())}") from error
 
 
 def _sentence(error: Any) -> str:
-    location = [str(part) for part in error["loc"] if part not in ("list[str]", "str", "constrained-str")]
+    location = [str(part) for part in error["loc"] if part != "list[str]"]
     key = ".".join(location)
-    if error["type"] == "unexpected_keyword_argument":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, 1, cutoff=0)
-        where = ".".join(location[:-1]) or "the top level"
-        return f"unknown key {key!r}; the nearest at {where} is {near[0] if near else 'none'!r}"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{key!r} is missing"
-    message = error["msg"].removeprefix("Input should be ")
-    return f"{key}: expected {message}, got {error['input']!r}"
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            where = ".".join(location[:-1]) or "the top level"
+            near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), 1, cutoff=0)[0]
+            return f"unknown key {key!r}; the nearest at {where} is {near!r}"
+        case "missing" | "missing_argument":
+            return f"{key!r} is missing"
+        case "dataclass_type":
+            expected = f"a section with the keys {', '.join(_known_keys(location))}"
+        case "list_type" if error["loc"][-1] == "list[str]":
+            expected = "a list of strings, or one string"
+        case _:
+            expected = error["msg"].removeprefix("Input should be ")
+    return f"{key}: expected {expected}, got {error['input']!r}"
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:

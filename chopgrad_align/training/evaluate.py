@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ class Scores:
     terms: dict[str, list[float]]
 
     def row(self, step: int) -> dict[str, float]:
+        total = torch.tensor(self.total, dtype=torch.float64)
         return {
             "step": step,
-            "heldout/reward_mean": fmean(self.total),
-            "heldout/reward_stderr": stdev(self.total) / len(self.total) ** 0.5,
+            "heldout/reward_mean": total.mean().item(),
+            "heldout/reward_stderr": total.std().item() / len(total) ** 0.5,
             **{f"heldout/{name}": fmean(values) for name, values in self.terms.items()},
         }
 
@@ -69,7 +70,7 @@ def evaluate(
 
     Args:
         share: This process's rank and the number of processes.
-        videos: Folder, number and frames per second of the mp4 files to write, of the first pairs.
+        videos: Folder, number and frames per second of the mp4 files to write, of the first pairs of all.
     """
     rank, world = share
     start, stop = (len(pairs) * k // world for k in (rank, rank + 1))

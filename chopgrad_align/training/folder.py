@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError
 
 from ..errors import UsageError
 
-_NEEDED_BYTES = 200 * 2**20  # sample videos, report and a checkpoint of an ordinary LoRA
+_OTHER_BYTES = 100 * 2**20  # sample videos and report
 
 
 class RunFolder:
@@ -46,16 +49,30 @@ class RunFolder:
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UsageError(f"cannot write to {parent}; choose another run.folder=…")
-        free = shutil.disk_usage(parent).free
-        if free < _NEEDED_BYTES:
+        self.check_space()
+
+    def check_space(self, checkpoints_bytes: int = 0) -> None:
+        """Raise a UsageError if the disk cannot take a run whose checkpoints need so many bytes."""
+        parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        free, needed = shutil.disk_usage(parent).free, checkpoints_bytes + _OTHER_BYTES
+        if free < needed:
             raise UsageError(
-                f"{parent} has {free / 2**20:.0f} MiB free, and a run needs at least {_NEEDED_BYTES / 2**20:.0f}; "
+                f"{parent} has {free / 2**20:.0f} MiB free, and this run needs {math.ceil(needed / 2**20)}; "
                 "free some space or choose another run.folder=…"
             )
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: dict[str, float]) -> None:
+        """Add a row to `metrics.jsonl`; what is not finite, which JSON cannot say, becomes null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         with said_in_words(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(finite) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`, and one that was cut off: a resumed run writes them again."""
+        file = self.path / "metrics.jsonl"
+        with said_in_words(self.path):
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        self.write(file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
     def write(self, path: Path, text: str) -> None:
         """Write a whole file or nothing."""
@@ -95,9 +112,15 @@ def said_in_words(folder: Path) -> Iterator[None]:
     """A full disk or missing permission is the user's to mend, in a sentence."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _os_error(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise UsageError(f"the disk of {folder} is full; free some space and continue with --resume") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(f"cannot write {error.filename}: {error.strerror}") from error
         raise
+
+
+def _os_error(error: SafetensorError) -> int | None:
+    found = re.search(r"\(os error (\d+)\)", str(error))  # all that the library tells of it
+    return int(found[1]) if found else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -27,7 +29,7 @@ from ..rollout import check_call, differentiable
 from ..steps import LastSteps
 from .config import Config, load_config, to_yaml
 from .evaluate import Scores, evaluate, held_out_pairs, pipeline_inputs
-from .folder import RunFolder
+from .folder import RunFolder, said_in_words
 from .lora import add_lora, load_lora_state, lora_config, lora_parameters, lora_state, save_lora
 from .models import check_model, load_objective, load_pipeline
 from .phases import Phases
@@ -71,7 +73,7 @@ def _expect_same_run(config: Config, folder: RunFolder) -> None:
 
 
 def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired | None:
-    """Train, measure, save and report; returns the held-out comparison of before and after.
+    """Train, measure, save and report; the main process returns the held-out comparison of before and after.
 
     All randomness is a function of the seed, the step and the sample, so that a resumed run is the same run, and that
     the number of processes and the size of micro-batches change rounding only.
@@ -108,8 +110,11 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         for denoiser in denoisers.values():
             denoiser.enable_gradient_checkpointing()
     parameters = lora_parameters(denoisers)
+    count = sum(p.numel() for p in parameters)
+    # Weights and AdamW's two moments in float32; a new checkpoint is complete before the oldest goes.
+    folder = RunFolder(config.run.folder)
+    folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
     if accelerator.is_main_process:
-        count = sum(p.numel() for p in parameters)
         names = ", ".join(f"{t.weight:g} × {name}" for name, t in objective.terms.items())
         print(
             f"{config.model.name}: {count:,} trained weights; objective: {names}; {world} process(es) on {device.type}"
@@ -121,16 +126,17 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
     )
-    folder = RunFolder(config.run.folder)
     pairs = held_out_pairs(held_out, config.validation.pairs)
     first, skipped, before = 0, 0, None
     if resume:
         latest = folder.latest_checkpoint()
         load_lora_state(denoisers, latest / "lora.safetensors")
-        optimizer.load_state_dict(torch.load(latest / "optimizer.pt", weights_only=True))
+        optimizer.load_state_dict(torch.load(latest / "optimizer.pt", map_location="cpu", weights_only=True))
         progress = json.loads((latest / "progress.json").read_text())
         first, skipped, before = progress["step"], progress["skipped"], progress["before"]
     if accelerator.is_main_process:
+        if resume:
+            folder.rewind(first)
         folder.write(folder.config, _header(config) + to_yaml(config))
         folder.write(folder.samples / "prompts.json", json.dumps([c.prompt for c, _ in pairs]))
     accelerator.init_trackers("chopgrad_align")
@@ -139,9 +145,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         for denoiser in denoisers.values():
             denoiser.eval()
         videos = (folder.samples / name, config.validation.videos, config.model.fps)
-        share = evaluate(
-            pipe, call, objective, pairs, config.validation.batch, (rank, world), videos if rank == 0 else None
-        )
+        share = evaluate(pipe, call, objective, pairs, config.validation.batch, (rank, world), videos)
         shares = gather_object([share])
         terms = {name: [v for s in shares for v in s.terms[name]] for name in objective.terms}
         scores = Scores([v for s in shares for v in s.total], terms)
@@ -153,8 +157,11 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     def save(step: int) -> None:
         if accelerator.is_main_process:
             with folder.checkpoint(step, config.checkpoint.keep) as path:
-                _save_tensors(lora_state(denoisers), path / "lora.safetensors")
-                torch.save(optimizer.state_dict(), path / "optimizer.pt")
+                # Through Python's own files, whose errors say what is wrong with the disk; torch's do not.
+                (path / "lora.safetensors").write_bytes(safetensors.torch.save(lora_state(denoisers)))
+                buffer = io.BytesIO()
+                torch.save(optimizer.state_dict(), buffer)
+                (path / "optimizer.pt").write_bytes(buffer.getvalue())
                 state = {"step": step, "skipped": skipped, "before": before}
                 (path / "progress.json").write_text(json.dumps(state))
         accelerator.wait_for_everyone()
@@ -162,6 +169,10 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     # Before.
     if before is None:
         before = measure(0, "before").total
+        if not all(map(math.isfinite, before)):
+            raise UsageError(
+                f"the reward of a held-out video of the model as it is, untrained, is not finite: {before}"
+            )
         save(0)
 
     # Training.
@@ -215,7 +226,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         row |= {f"{name}/score": value for name, value in zip(objective.terms, sums[1:].tolist(), strict=True)}
         row |= {"learning_rate": optimizer.param_groups[0]["lr"], "skipped": skipped, **phases.collect()}
         if accelerator.is_main_process:
-            folder.append({k: v if math.isfinite(v) else None for k, v in row.items()})
+            folder.append(row)
         accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step + 1)
         bar.set_postfix(reward=f"{row['reward']:.4f}", skipped=skipped)
         if skips_in_a_row == _MOST_SKIPS:
@@ -233,23 +244,26 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
             measure(done, f"step-{done:06d}")
 
     # After.
+    if accelerator.is_main_process:
+        with said_in_words(folder.path):
+            save_lora(pipe, denoisers, adapter, folder.lora)
     after = measure(config.train.steps, "after").total
-    accelerator.end_training()
     result = paired(before, after)
     if accelerator.is_main_process:
-        save_lora(pipe, denoisers, adapter, folder.lora)
         held = {
             "before": before,
             "after": after,
             "prompts": [c.prompt for c, _ in pairs],
             "seeds": [s for _, s in pairs],
         }
-        folder.write(folder.held_out, json.dumps(held))
-        draw_curves(folder.path)
-        draw_samples(folder.path)
-        write_report(folder.path)
+        with said_in_words(folder.path):
+            folder.write(folder.held_out, json.dumps(held))
+            draw_curves(folder.path)
+            draw_samples(folder.path)
+            write_report(folder.path)
     accelerator.wait_for_everyone()
-    return result
+    accelerator.end_training()  # also ends the process group
+    return result if accelerator.is_main_process else None
 
 
 def _header(config: Config) -> str:
@@ -296,9 +310,3 @@ def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> 
     flat = accelerator.reduce(flat, "sum")
     for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)
-
-
-def _save_tensors(state: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(state, path)

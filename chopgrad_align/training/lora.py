@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,31 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
     if not denoisers:
         raise UsageError(f"{type(pipe).__name__} has no denoiser among {', '.join(_TRAINED)}")
     for name, denoiser in denoisers.items():
-        try:
-            inject_adapter_in_model(config, denoiser, adapter_name="default")
-        except ValueError as error:
-            linear = sorted({n.rsplit(".", 1)[-1] for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)})
-            raise UsageError(
-                f"lora.targets={config.target_modules} match no layer of {name} ({type(denoiser).__name__}); "
-                f"its linear layers are called {', '.join(linear)}"
-            ) from error
+        _check_targets(name, denoiser, config.target_modules)
+        inject_adapter_in_model(config, denoiser, adapter_name="default")
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return denoisers
+
+
+def _check_targets(name: str, denoiser: nn.Module, targets: str | set[str]) -> None:
+    """peft is content when one of several targets is there: a misspelt one would go unnoticed."""
+    linear = [path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(targets, str):
+        patterns = {targets: targets}
+    else:
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in sorted(targets)}
+    try:
+        unmatched = [t for t, pattern in patterns.items() if not any(re.fullmatch(pattern, path) for path in linear)]
+    except re.error as error:
+        raise UsageError(f"lora.targets: {targets!r} is not a regular expression ({error})") from error
+    if unmatched:
+        names = sorted({re.sub(r".*\.(?=\D)", "", path) for path in linear})
+        raise UsageError(
+            f"lora.targets: {', '.join(map(repr, unmatched))} matches no linear layer of {name} "
+            f"({type(denoiser).__name__}); these are called {', '.join(names)}"
+        )
 
 
 def lora_parameters(denoisers: dict[str, nn.Module]) -> list[nn.Parameter]:

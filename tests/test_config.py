@@ -1,0 +1,210 @@
+"""Config files: complete, read back as written, and every mistake is one line that can be acted on."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from chopgrad_align.backprop import Exact, Full, Truncated
+from chopgrad_align.data.prompts import read_conditions
+from chopgrad_align.errors import UsageError
+from chopgrad_align.training.config import Gradient, load_config, to_yaml
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+LEAST = """
+run: {folder: runs/least}
+model: {name: owner/name}
+data: {train: a.txt, held_out: b.txt}
+rewards:
+  colour: {name: colorfulness}
+train: {steps: 3}
+"""
+
+
+@pytest.fixture
+def least(tmp_path):
+    path = tmp_path / "least.yaml"
+    path.write_text(LEAST)
+    return path
+
+
+def align(*arguments):
+    """Run `scripts/align.py` as a user does."""
+    command = [sys.executable, ROOT / "scripts" / "align.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_is_complete_and_opens_with_its_launch_command(path, tmp_path):
+    config = load_config(path)
+    named = "" if path.stem == "embedded" else f" --config {path.relative_to(ROOT)}"
+    first, second = path.read_text().splitlines()[:2]
+    assert first == f"# accelerate launch scripts/align.py{named}"
+    assert second.startswith(f"{first} ")  # an example of overrides, which must work
+    overrides = second.removeprefix(first).split()
+    assert overrides
+    assert load_config(path, overrides) != config
+
+    assert config.run.folder == f"runs/{path.stem}"
+    assert config.train.batch_size % config.train.micro_batch == 0
+    assert {"height", "width", "num_frames", "num_inference_steps"} <= config.model.call.keys()
+    assert read_back(config, tmp_path) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_prompts_of_a_shipped_config_are_there_and_the_held_out_ones_are_others(path):
+    data = load_config(path).data
+    if path.stem == "embedded" and not Path(data.train).exists():
+        pytest.skip("scripts/build_embedded.py has not been run")
+    if data.train.startswith("data/"):  # the user's own first frames
+        assert "yours to bring" in path.read_text()
+        return
+    train, held_out = ({c.prompt for c in read_conditions(file)} for file in (data.train, data.held_out))
+    assert len(train) >= 64
+    assert len(held_out) >= 32
+    assert not train & held_out
+
+
+def read_back(config, folder):
+    path = folder / "written.yaml"
+    path.write_text(to_yaml(config))
+    return load_config(path)
+
+
+def test_without_a_file_the_embedded_config_is_read():
+    assert load_config(None) == load_config(ROOT / "configs" / "embedded.yaml")
+    assert load_config(None).model.name == str(files("chopgrad_align") / "embedded" / "pipeline")
+
+
+def test_overrides(least, tmp_path):
+    overrides = [
+        "train.steps=7",
+        "train.betas=[0.5,0.9]",
+        "lora.targets=[to_q,to_k]",
+        "model.call.height=64",
+        "model.scheduler.flow_shift=3.5",
+        "rewards.colour.weight=-2",
+        "rewards.more={name: hps_v2, args: {version: v2.0}}",
+        "lora.alpha=8",
+        "data.train=${configs:prompts/train.txt}",
+        "trackers=[tensorboard]",
+    ]
+    config = load_config(least, overrides)
+    assert config.train.steps == 7
+    assert config.train.betas == (0.5, 0.9)
+    assert config.lora.targets == ["to_q", "to_k"]
+    assert config.model.call == {"height": 64}
+    assert config.model.scheduler == {"flow_shift": 3.5}
+    assert config.rewards["colour"].weight == -2
+    assert config.rewards["more"].args == {"version": "v2.0"}
+    assert config.lora.alpha == 8
+    assert Path(config.data.train).is_file()
+    assert config.trackers == ["tensorboard"]
+    assert read_back(config, tmp_path) == config
+    assert read_back(replace(config, trackers=[]), tmp_path) != config
+    assert load_config(least, ["lora.targets=.*to_[qkv]"]).lora.targets == ".*to_[qkv]"
+
+
+def test_the_section_on_gradients_becomes_a_policy():
+    assert Gradient().policy() == Exact()
+    assert Gradient(cache="host", checkpoint=False, saturated="pass").policy() == Exact(
+        cache="host", checkpoint=False, saturated="pass"
+    )
+    assert Gradient(decoder="truncated", distance=2).policy() == Truncated(2)
+    assert Gradient(decoder="full").policy() == Full()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.step=3"], r"least.yaml: unknown key 'train.step'; the nearest at train is 'steps'$"),
+        (["optimizer=adam"], r"least.yaml: unknown key 'optimizer'; the nearest at the top level is '\w+'$"),
+        (["rewards.colour.wight=2"], r"unknown key 'rewards.colour.wight'; the nearest at rewards.colour is 'weight'$"),
+        (
+            ["gradient.decoder=exakt"],
+            r"least.yaml: gradient.decoder: expected 'exact', 'truncated' or 'full', got 'exa",
+        ),
+        (["train.steps=many"], r"least.yaml: train.steps: expected a valid integer, .*got 'many'$"),
+        (["train.steps=2.5"], r"least.yaml: train.steps: expected a valid integer, .*got 2.5$"),
+        (["train.steps=0"], r"least.yaml: train.steps: expected greater than or equal to 1, got 0$"),
+        (["train.steps=null"], r"least.yaml: train.steps: expected a valid integer, got None$"),
+        (["train.learning_rate=-1"], r"train.learning_rate: expected greater than 0, got -1$"),
+        (["train.learning_rate=.nan"], r"train.learning_rate: expected a finite number, got nan$"),
+        (["train.betas=[0.9]"], r"'train.betas.1' is missing$"),
+        (["train.betas=[0.9,1.0]"], r"train.betas.1: expected less than 1, got 1.0$"),
+        (["validation.pairs=1"], r"validation.pairs: expected greater than or equal to 2, got 1$"),
+        (["lora.targets=3"], r"least.yaml: lora.targets: expected a list of strings, or one string, got 3$"),
+        (["lora.targets=[to_q,[]]"], r"lora.targets.1: expected a valid string, got \[\]$"),
+        (
+            ["model.gradient_checkpointing=perhaps"],
+            r"model.gradient_checkpointing: expected a valid boolean, .*'perhaps'",
+        ),
+        (["model.call=3"], r"model.call: expected a valid dictionary, got 3$"),
+        (
+            ["rewards.colour=colorfulness"],
+            r"rewards.colour: expected a section with the keys name, weight, args, got 'colorfulness'$",
+        ),
+        (["trackers=[mlflow]"], r"trackers.0: expected 'tensorboard' or 'wandb', got 'mlflow'$"),
+        (["run=null"], r"run: expected a section with the keys folder, seed, got None$"),
+        (["train.step=3", "train.steps=0"], r"train.steps: expected .*; unknown key 'train.step'"),
+        (["steps"], r"^cannot read the override 'steps'; write key.sub=value$"),
+        (["--steps=3"], r"^cannot read the override '--steps=3'; write key.sub=value$"),
+        (["train.steps=${nothing}"], r"^cannot read the config .*least.yaml: .*'nothing' not found"),
+        (["train.steps=[1"], r"^cannot read the override 'train.steps=\[1': while parsing"),
+    ],
+)
+def test_a_wrong_value_is_one_line(least, overrides, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(least, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LEAST.replace("train: {steps: 3}", ""), r"'train' is missing$"),
+        (LEAST.replace("{steps: 3}", "{}"), r"'train.steps' is missing$"),
+        (LEAST.replace("{name: colorfulness}", "{weight: 2}"), r"'rewards.colour.name' is missing$"),
+        (LEAST.replace("rewards:\n  colour: {name: colorfulness}", "rewards: {}"), r"rewards: .*at least 1 item"),
+        ("- a\n- b\n", r"must be a mapping of sections, such as run, model and train$"),
+        ("just words\n", r"'run' is missing; .*; unknown key 'just words'"),
+        ("", r"'run' is missing; 'model' is missing; .*'train' is missing$"),
+        ("run: {folder: [\n", r"^cannot read the config .*wrong.yaml: .*line 2"),
+        ("run: {folder: a}\nrun: {folder: b}\n", r"^cannot read the config .*duplicate key run"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"^no config file no/such.yaml; in configs/ there are cog.*, embedded.yaml, svd"
+    ):
+        load_config("no/such.yaml")
+    path = tmp_path / "bytes.yaml"
+    path.write_bytes(b"run: \xff\xfe")
+    with pytest.raises(UsageError, match=r"^cannot read the config .*bytes.yaml"):
+        load_config(path)
+
+
+def test_from_the_command_line(least, tmp_path):
+    printed = align("--config", least, "train.steps=5", "--print-config")
+    assert printed.returncode == 0, printed.stderr
+    (tmp_path / "printed.yaml").write_text(printed.stdout)
+    assert load_config(tmp_path / "printed.yaml") == load_config(least, ["train.steps=5"])
+
+    failed = align("--config", least, "train.learning_rat=1")
+    assert failed.returncode == 2
+    expected = f"error: {least}: unknown key 'train.learning_rat'; the nearest at train is 'learning_rate'\n"
+    assert failed.stderr == expected
+    assert not failed.stdout

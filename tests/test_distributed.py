@@ -1,0 +1,145 @@
+"""Two processes (torchrun, gloo) compute what one computes with the same batch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny_pipelines
+import tiny_runs
+import torch
+from tiny_runs import lora, rows, saved_lora
+
+from chopgrad_align.training import loop
+from chopgrad_align.training.config import load_config
+
+PROMPTS = 12
+OVERRIDES = [
+    *("train.steps=3", "train.batch_size=4", "checkpoint.every=1", "checkpoint.keep=9"),
+    *("validation.pairs=3", "validation.videos=3"),
+]
+
+# One reward, for any number of processes; it is not finite for one training prompt.
+REWARD = """
+import torch
+
+class Mean:
+    def __init__(self, bad, world):
+        self.bad = bad
+        assert (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1) == world
+
+    def __call__(self, video, prompts):
+        weight = torch.tensor([float("nan") if prompt == self.bad else 1.0 for prompt in prompts])
+        return video.float().mean((1, 2, 3, 4)) * weight
+"""
+
+# `scripts/align.py`, and afterwards the trained weights that this process holds.
+DRIVER = """
+import os, runpy, sys
+import torch
+from chopgrad_align.training import loop
+
+original, found = loop.lora_parameters, []
+loop.lora_parameters = lambda denoisers: found.extend(original(denoisers)) or original(denoisers)
+folder, script, *sys.argv[1:] = sys.argv[1:]
+runpy.run_path(script, run_name="__main__")
+torch.save([p.detach() for p in found], f"{folder}/rank-{os.environ['RANK']}.pt")
+"""
+
+
+def launch(processes, *arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", "0"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config file, whose reward is not finite for the last video of the second step: the second process has it."""
+    folder = tmp_path_factory.mktemp("two")
+    tiny_pipelines.wan_t2v().save_pretrained(folder / "model")
+    path = tiny_runs.config_file(folder, folder / "model")
+    prompts = [
+        f"a {size} {colour} star" for size in ("large", "round", "red") for colour in ("red", "blue", "green", "x")
+    ]
+    assert len(set(prompts)) == PROMPTS
+    (folder / "train.txt").write_text("\n".join(prompts) + "\n")
+    (folder / "reward.py").write_text(REWARD)
+    bad = prompts[loop._choose(PROMPTS, 4, load_config(path).run.seed, 1)[3]]
+    text = path.read_text()
+    own = f"rewards:\n  mean: {{name: '{folder}/reward.py:Mean', args: {{bad: '{bad}', world: 1}}}}\n"
+    path.write_text(text.replace("rewards:\n  colour: {name: colorfulness}\n", own))
+    return path
+
+
+def test_two_processes_compute_what_one_does(config, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    two = [f"run.folder={tmp_path}/two", "rewards.mean.args.world=2"]
+    done = launch(2, driver, tmp_path, tiny_runs.SCRIPT, "--config", config, *OVERRIDES, *two)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert done.stdout.count("held-out reward") == 1
+    loop.train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
+
+    # Every process holds the weights that were saved.
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert sum(weight.numel() for weight in ranks[0]) == sum(v.numel() for v in saved_lora(tmp_path / "two").values())
+    assert all(torch.equal(one, other) for one, other in zip(*ranks, strict=True))
+    norms = [sum(w.norm() ** 2 for w in weights) for weights in (ranks[0], saved_lora(tmp_path / "two").values())]
+    torch.testing.assert_close(*norms)
+
+    # The gradients, of which AdamW's first moments are made, and the weights are those of one process.
+    for step in (1, 3):
+        one, other = (moments(tmp_path / run, step) for run in ("one", "two"))
+        assert one.norm() > 0
+        assert (one - other).norm() <= 1e-4 * one.norm()
+        one, other = (torch.cat([v.flatten() for v in lora(tmp_path / run, step).values()]) for run in ("one", "two"))
+        assert (one - other).norm() <= 1e-4 * one.norm()
+    for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert one["skipped"] == (one["step"] > 1)  # both processes, though one of them alone saw it
+        assert numbers(other) == pytest.approx(numbers(one), rel=1e-4)
+
+    # Held-out pairs are shared out unevenly, and come back in order.
+    one, other = (json.loads((tmp_path / run / "heldout.json").read_text()) for run in ("one", "two"))
+    assert other["prompts"] == one["prompts"]
+    assert other["before"] == pytest.approx(one["before"], rel=1e-6)
+    assert other["after"] == pytest.approx(one["after"], rel=1e-5)
+    assert one["after"] != pytest.approx(one["before"], rel=1e-4)
+    assert len(list((tmp_path / "two" / "samples" / "after").glob("*.mp4"))) == 3
+
+
+def numbers(row):
+    return {key: -1.0 if value is None else value for key, value in row.items()}
+
+
+def moments(run, step):
+    optimizer = torch.load(run / "checkpoints" / f"step-{step:06d}" / "optimizer.pt", weights_only=True)
+    return torch.cat([state["exp_avg"].flatten() for state in optimizer["state"].values()])
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_is_continued_by_two(config, tmp_path):
+    options = [*OVERRIDES, f"run.folder={tmp_path}/run"]
+    loop.train(load_config(config, [*options, "train.steps=1"]))
+    # The reward's argument is of this test, not of the run.
+    (tmp_path / "run" / "config.yaml").write_text(
+        (tmp_path / "run" / "config.yaml").read_text().replace("world: 1", "world: 2")
+    )
+    done = launch(2, tiny_runs.SCRIPT, "--config", config, *options, "rewards.mean.args.world=2", "--resume")
+    assert done.returncode == 0, done.stderr
+    loop.train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
+    for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "run"), strict=True):
+        assert numbers(other) == pytest.approx(numbers(one), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_wrong_batch_size_stops_both(config, tmp_path):
+    done = launch(2, tiny_runs.SCRIPT, "--config", config, f"run.folder={tmp_path}/run", "train.batch_size=3")
+    assert done.returncode != 0
+    assert "error: train.batch_size=3 must be a multiple of processes × micro_batch = 2 × 1" in done.stderr
+    assert not (tmp_path / "run").exists()
