@@ -68,7 +68,10 @@ def generate(args: argparse.Namespace) -> None:
     if existing and not args.overwrite:
         raise UsageError(f"{existing[0]} exists; choose another --out, or allow it with --overwrite")
     model = _model(args.model)
-    lora = _lora(args.lora) if args.lora else None
+
+    from chopgrad_align.training.lora import load_lora, lora_file
+
+    lora = lora_file(args.lora) if args.lora else None
 
     import torch
     from diffusers.utils import load_image
@@ -79,7 +82,7 @@ def generate(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = _load(model, args.dtype or ("float32" if device == "cpu" else "bfloat16"), device)
     if lora:
-        _add_lora(pipe, lora)
+        load_lora(pipe, lora)
     call = _call_arguments(pipe, model, args)
     for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
         pipe.set_progress_bar_config(desc=path.stem, leave=False)
@@ -111,13 +114,6 @@ def _model(name: str | None) -> str:
     return name
 
 
-def _lora(path: Path) -> Path:
-    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UsageError(f"there are no LoRA weights {file}; give the folder RUN/lora of a run, or a .safetensors file")
-    return file
-
-
 def _load(model: str, dtype: str, device: str) -> Any:
     import torch
     from diffusers import DiffusionPipeline
@@ -128,16 +124,6 @@ def _load(model: str, dtype: str, device: str) -> Any:
         reason = str(error).splitlines()[0]
         raise UsageError(f"cannot load {model}; check the name and the network, or give a folder ({reason})") from error
     return pipe.to(device)
-
-
-def _add_lora(pipe: Any, file: Path) -> None:
-    try:
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-    except (OSError, AttributeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UsageError(
-            f"the LoRA {file} does not fit {type(pipe).__name__}; give one that was trained on this model ({reason})"
-        ) from error
 
 
 def _call_arguments(pipe: Any, model: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -97,14 +97,33 @@ def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, fo
     type(pipe).save_lora_weights(str(folder), **arguments)
 
 
-def load_lora(pipe: Any, folder: Path) -> None:
-    """Add a saved LoRA to a plain pipeline, also to one for which diffusers has no loader."""
-    if hasattr(pipe, "load_lora_weights"):
-        pipe.load_lora_weights(folder, weight_name=WEIGHTS_NAME)
-        return
-    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
-        config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
-    load_lora_state(add_lora(pipe, config), folder / WEIGHTS_NAME)
+def lora_file(path: Path) -> Path:
+    """The weights that a file's or a folder's path means; a UsageError if they are not there."""
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"there are no LoRA weights {file}; give the folder RUN/lora of a run, or a .safetensors file")
+    return file
+
+
+def load_lora(pipe: Any, path: Path) -> None:
+    """Add a saved LoRA, a file or the folder of one, to a plain pipeline, also if diffusers has no loader for it.
+
+    Raises:
+        UsageError: The file is not there, or does not fit the pipeline.
+    """
+    path = lora_file(path)
+    try:
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+            return
+        with safe_open(path, "pt") as file:
+            config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
+        load_lora_state(add_lora(pipe, config), path)
+    except (OSError, AttributeError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UsageError(
+            f"the LoRA {path} does not fit {type(pipe).__name__}; give one that was trained on this model ({reason})"
+        ) from error
 
 
 def lora_config(rank: int, alpha: float | None, targets: list[str] | str, dropout: float) -> LoraConfig:
