@@ -526,7 +526,7 @@ def evaluate(work: Path, count: int, clips: Path | None = None) -> None:
 
     pipe = DiffusionPipeline.from_pretrained(EMBEDDED / "pipeline", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    reward = load_reward("clip_score", frames=8, frames_per_chunk=256)
+    reward = load_reward("clip_score", frames=4, frames_per_chunk=128)
     rng = random.Random("evaluation")
     scenes = [procedural.random_scene(rng, held_out=True) for _ in range(count)]
     rendered = [procedural.render(scene, seed=10**9 + i, frames=FRAMES, size=SIZE) for i, scene in enumerate(scenes)]

@@ -1,0 +1,109 @@
+"""The pipeline and the reward that come with the package: what their card says, measured again on fewer videos."""
+
+import json
+import random
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from chopgrad_align import load_reward
+from chopgrad_align.data import procedural
+from chopgrad_align.data.prompts import read_prompts
+
+EMBEDDED = Path(str(files("chopgrad_align"))) / "embedded"
+ROOT = Path(__file__).parent.parent
+CALL = json.loads((EMBEDDED / "pipeline" / "call_defaults.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(EMBEDDED / "pipeline", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def held_out_scenes(count: int) -> list[procedural.Scene]:
+    rng = random.Random("test")
+    return [procedural.random_scene(rng, held_out=True) for _ in range(count)]
+
+
+def right_captions(videos, scenes, choices: int = 32) -> float:
+    """How often a video `(F, 3, H, W)` scores highest with its own caption."""
+    reward = load_reward("clip_score", frames=2, frames_per_chunk=128)
+    rng, right = random.Random("choices"), 0
+    for video, scene in zip(videos, scenes, strict=True):
+        others = {procedural.random_scene(rng, held_out=True).caption for _ in range(3 * choices)} - {scene.caption}
+        captions = [scene.caption, *sorted(others)[: choices - 1]]
+        with torch.no_grad():
+            scores = reward(video[None].expand(choices, -1, -1, -1, -1), captions)
+        right += int(scores.argmax()) == 0
+    return right / len(videos)
+
+
+def test_all_files_are_small_and_no_pickle():
+    paths = [path for path in EMBEDDED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in paths) <= 20e6
+    assert {path.suffix for path in paths} <= {".json", ".md", ".safetensors", ".txt"}
+
+
+def test_the_card_has_the_recorded_figures():
+    figures = json.loads((EMBEDDED / "figures.json").read_text())
+    card = (EMBEDDED / "README.md").read_text()
+    assert f"{figures['psnr_procedural_db']:.1f} dB" in card
+    assert f"{figures['retrieval_generated']:.0%}" in card
+
+
+def test_prompt_files_keep_to_their_side():
+    scenes = {scene.caption: scene for scene in procedural.all_scenes()}
+    train, held_out = (read_prompts(EMBEDDED / f"prompts_{name}.txt") for name in ("train", "held_out"))
+    assert len(set(held_out)) == len(held_out) >= 64
+    assert all(scenes[caption].held_out for caption in held_out)
+    assert not any(scenes[caption].held_out for caption in train)
+
+
+def test_the_autoencoder_reconstructs_unseen_videos(pipe):
+    scores = []
+    for i, scene in enumerate(held_out_scenes(16)):
+        clip = procedural.render(scene, seed=10**8 + i)[None]
+        with torch.no_grad():
+            output = (pipe.vae.decode(pipe.vae.encode(clip * 2 - 1).latent_dist.mode()).sample + 1) / 2
+        scores.append(-10 * torch.log10((output - clip).square().mean()).item())
+    recorded = json.loads((EMBEDDED / "figures.json").read_text())["psnr_procedural_db"]
+    assert sum(scores) / len(scores) == pytest.approx(recorded, abs=1.5)
+
+
+def test_the_reward_knows_what_it_sees():
+    scenes = held_out_scenes(40)
+    videos = [procedural.render(scene, seed=10**8 + i).transpose(0, 1) for i, scene in enumerate(scenes)]
+    assert right_captions(videos, scenes) >= 0.9
+
+
+def test_the_pipeline_makes_what_the_caption_says(pipe):
+    scenes = held_out_scenes(16)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(scenes))]
+    videos = pipe([scene.caption for scene in scenes], generator=generators, **CALL, output_type="pt").frames
+    recorded = json.loads((EMBEDDED / "figures.json").read_text())["retrieval_generated"]
+    # 16 videos only: three standard errors of the recorded share.
+    assert right_captions(list(videos), scenes) >= recorded - 3 * (recorded * (1 - recorded) / len(scenes)) ** 0.5
+
+
+@pytest.mark.slow
+def test_the_main_job(tmp_path):
+    """`accelerate launch scripts/align.py`: the held-out reward rises by half a standard deviation, p < 0.01."""
+    from chopgrad_align.evaluation.heldout import paired
+
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", str(ROOT / "scripts" / "align.py")]
+    subprocess.run([*command, f"run.folder={tmp_path / 'run'}"], check=True, cwd=tmp_path)
+    scores = json.loads((tmp_path / "run" / "heldout.json").read_text())
+    result = paired(scores["before"], scores["after"])
+    assert result.count >= 64
+    assert result.gain_in_stds >= 0.5
+    assert result.p_value < 0.01
+    for name in ("config.yaml", "metrics.jsonl", "curves.png", "report.html", "lora/pytorch_lora_weights.safetensors"):
+        assert (tmp_path / "run" / name).is_file()
