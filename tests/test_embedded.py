@@ -35,7 +35,7 @@ def held_out_scenes(count: int) -> list[procedural.Scene]:
 
 def right_captions(videos, scenes, choices: int = 32) -> float:
     """How often a video `(F, 3, H, W)` scores highest with its own caption."""
-    reward = load_reward("clip_score", frames=2, frames_per_chunk=128)
+    reward = load_reward("clip_score", frames=4, frames_per_chunk=128)
     rng, right = random.Random("choices"), 0
     for video, scene in zip(videos, scenes, strict=True):
         others = {procedural.random_scene(rng, held_out=True).caption for _ in range(3 * choices)} - {scene.caption}
@@ -76,6 +76,7 @@ def test_the_autoencoder_reconstructs_unseen_videos(pipe):
         scores.append(-10 * torch.log10((output - clip).square().mean()).item())
     recorded = json.loads((EMBEDDED / "figures.json").read_text())["psnr_procedural_db"]
     assert sum(scores) / len(scores) == pytest.approx(recorded, abs=1.5)
+    assert recorded >= 28
 
 
 def test_the_reward_knows_what_it_sees():
@@ -85,12 +86,10 @@ def test_the_reward_knows_what_it_sees():
 
 
 def test_the_pipeline_makes_what_the_caption_says(pipe):
-    scenes = held_out_scenes(16)
+    scenes = held_out_scenes(32)
     generators = [torch.Generator().manual_seed(i) for i in range(len(scenes))]
     videos = pipe([scene.caption for scene in scenes], generator=generators, **CALL, output_type="pt").frames
-    recorded = json.loads((EMBEDDED / "figures.json").read_text())["retrieval_generated"]
-    # 16 videos only: three standard errors of the recorded share.
-    assert right_captions(list(videos), scenes) >= recorded - 3 * (recorded * (1 - recorded) / len(scenes)) ** 0.5
+    assert right_captions(list(videos), scenes) >= 0.6
 
 
 @pytest.mark.slow
