@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from .backprop import Backprop, Exact
@@ -231,21 +231,29 @@ def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[Non
 
 def _recomputed(original: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call the denoiser so that its backward pass runs it again, with the same random and autocast state."""
-    versions: list[int] = []
 
     def run(*values: Any) -> Any:
-        seen = [parameter._version for parameter in module.parameters()]
-        if versions and seen != versions:
+        named = dict(zip(kwargs, values[len(args) :], strict=True))
+        return original(module, *values[: len(args)], **named)
+
+    def versions() -> list[int]:
+        return [parameter._version for parameter in module.parameters()]
+
+    def check(gradient: Tensor) -> None:
+        if versions() != seen:
             raise UsageError(
                 f"the weights of {type(module).__name__} changed between rollout and backward, so that the gradient "
                 "would be wrong: call backward before the optimizer's step"
             )
-        versions[:] = seen
-        named = dict(zip(kwargs, values[len(args) :], strict=True))
-        return original(module, *values[: len(args)], **named)
 
+    seen = versions()
     # By position: checkpoint keeps the random state of those devices only that it finds among positional arguments.
-    return checkpoint(run, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
+    result = checkpoint(run, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            # In a hook of its own: an error inside the recomputation leaves a graph that crashes Python as it exits.
+            leaf.register_hook(check)
+    return result
 
 
 def _release(scheduler: Any) -> None:
