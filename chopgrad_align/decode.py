@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .backprop import Backprop, Exact, Truncated
 from .decoders import decoder_of
-from .decoders.base import Decoder, Group
+from .decoders.base import Decoder, Group, Tiled
 from .errors import UsageError
-from .recurrence import Recurrence
+from .recurrence import Recurrence, clamp_of
 
 FrameLoss = Callable[[Tensor, slice], Tensor]
 
@@ -26,7 +27,8 @@ def decode(
 ) -> Tensor:
     """Decode latents to pixels, bit for bit as `vae.decode(latents).sample`, with a gradient by the given policy.
 
-    The gradient reaches `latents` and every weight of the VAE that requires one.
+    The gradient reaches `latents` and every weight of the VAE that requires one. Slicing and tiling are followed where
+    the VAE has them switched on.
 
     Args:
         vae: One of the known diffusers decoders (`chopgrad_align.decoders`).
@@ -37,7 +39,8 @@ def decode(
         decode_kwargs: What the VAE's own `decode` takes beside latents, as `num_frames` of Stable Video Diffusion.
 
     Returns:
-        Pixels in the decoder's range, about [-1, 1]: `(B, C, F, H, W)`, or `(N, C, H, W)` for latents like that.
+        Pixels in the decoder's range, about [-1, 1], as the VAE lays them out: `(B, C, F, H, W)`, or `(N, C, H, W)` for
+        latents like that, or `(B, F, C, H, W)` by AutoencoderKLAllegro.
 
     Raises:
         UsageError: An unknown decoder, latents or frames that do not fit it, or a mode of it that has no gradient
@@ -48,7 +51,16 @@ def decode(
     return torch.cat([_decode(decoder, piece, backprop, frames) for piece in pieces])
 
 
-def _decode(decoder: Decoder, latents: Tensor, backprop: Backprop, frames: slice | Sequence[int] | None) -> Tensor:
+def _decode(
+    decoder: Decoder | Tiled, latents: Tensor, backprop: Backprop, frames: slice | Sequence[int] | None
+) -> Tensor:
+    if isinstance(decoder, Tiled):
+        chosen = frames if decoder.framewise else None
+        tiles = [_decode(decoder.inner, tile, backprop, chosen) for tile in decoder.tiles(latents)]
+        pixels = decoder.join(tiles, latents, clamp_of(backprop))
+        if frames is None or decoder.framewise:
+            return pixels
+        return _select(pixels, decoder.time_axis, _frame_indices(frames, pixels.shape[decoder.time_axis]))
     groups = decoder.groups(latents)
     if frames is None:
         return Recurrence(decoder, backprop, groups).run(decoder.prologue(latents))
@@ -59,8 +71,11 @@ def _decode(decoder: Decoder, latents: Tensor, backprop: Backprop, frames: slice
     needed = len(shown) - shown[::-1].index(True)
     pixels = Recurrence(decoder, backprop, groups[:needed], shown[:needed]).run(decoder.prologue(latents))
     made = [i for span, show in zip(indices, shown, strict=True) if show for i in span]
-    selection = torch.tensor([made.index(i) for i in wanted], device=pixels.device)
-    return pixels.index_select(decoder.time_axis, selection)
+    return _select(pixels, decoder.time_axis, [made.index(i) for i in wanted])
+
+
+def _select(pixels: Tensor, axis: int, frames: list[int]) -> Tensor:
+    return pixels.index_select(axis, torch.tensor(frames, device=pixels.device))
 
 
 def _frame_indices(frames: slice | Sequence[int], count: int) -> list[int]:
@@ -84,22 +99,23 @@ def decode_loss(
 
     With `Truncated(0)` the gradient is taken during the forward pass, group by group: F + B, the graph and the pixels
     of one group alive at a time. The other policies take it in the backward pass as `decode` does, with the loss
-    evaluated again beside each group.
+    evaluated again beside each group. Where the VAE decodes in tiles, all pixels must be there before they blend: then
+    they are held, and the loss is taken of one piece at a time, evaluated again in the backward pass.
 
     Args:
         vae, latents, backprop, decode_kwargs: As for `decode`.
         frame_loss: `frame_loss(pixels, frame_index) -> scalar`; `frame_index` is the slice of frames that the pixels
-            are, `(B, C, f, H, W)`, or `(f, C, H, W)` for latents `(N, C, H', W')`. It may be called twice a group, so
-            it must be a function of its arguments. Other tensors that it uses receive no gradient.
+            are, `(B, C, f, H, W)`, or `(f, C, H, W)` for latents `(N, C, H', W')`, or `(B, f, C, H, W)` by
+            AutoencoderKLAllegro. It may be called twice a group, so it must be a function of its arguments. Other
+            tensors that it uses receive no gradient.
 
     Returns:
         A scalar with a gradient to `latents` and to every weight of the VAE that requires one.
     """
     decoder = decoder_of(vae, latents, **decode_kwargs)
-    groups = [part for group in decoder.groups(latents) for part in decoder.parts(group)]
 
-    def readout(group: Group, pixels: Tensor) -> Tensor:
-        loss = frame_loss(pixels, group.frames)
+    def evaluate(pixels: Tensor, frames: slice) -> Tensor:
+        loss = frame_loss(pixels, frames)
         if not isinstance(loss, Tensor) or loss.shape != ():
             came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UsageError(f"decode_loss: frame_loss must return a scalar tensor, got {came}; sum over the batch")
@@ -107,4 +123,14 @@ def decode_loss(
             raise UsageError("decode_loss: frame_loss returned a value that has no gradient to the pixels")
         return loss
 
+    if isinstance(decoder, Tiled):
+        pixels, spans = decode(vae, latents, backprop, **decode_kwargs), decoder.spans(latents)
+        pieces = pixels.split([span.stop - span.start for span in spans], decoder.time_axis)
+        losses = [checkpoint(evaluate, *piece, use_reentrant=False) for piece in zip(pieces, spans, strict=True)]
+        return torch.stack(losses).sum()
+
+    def readout(group: Group, pixels: Tensor) -> Tensor:
+        return evaluate(pixels, group.frames)
+
+    groups = [part for group in decoder.groups(latents) for part in decoder.parts(group)]
     return Recurrence(decoder, backprop, groups, readout=readout).run(decoder.prologue(latents))

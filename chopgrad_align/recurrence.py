@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from .backprop import Backprop, Full, Truncated
-from .decoders.base import Cache, Decoder, Group, Hidden
+from .decoders.base import Cache, Clamp, Decoder, Group, Hidden
 from .errors import UsageError
 
 Caches = list[Cache]
@@ -97,8 +97,7 @@ class Recurrence:
             else:
                 state, cache = block(state, cache)
             after.append(cache)
-        clamp = _clamp if self.backprop.saturated == "zero" else _ClampPassThrough.apply
-        return self.decoder.epilogue(state[0], clamp), after
+        return self.decoder.epilogue(state[0], clamp_of(self.backprop)), after
 
     def backward(self, hidden: Tensor, kept: dict[int, Caches], cotangents: Sequence[Tensor | None]) -> _Gradient:
         """The gradient, given the cotangent of each group's pixels or readout (`None` where it is not shown)."""
@@ -305,6 +304,11 @@ class _Conditions:
                 # Without autocast's cache, which could hold weights that were cast when no gradient was recorded.
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
             yield
+
+
+def clamp_of(backprop: Backprop) -> Clamp:
+    """The clamp to [-1, 1] with the gradient that the policy asks for."""
+    return _clamp if backprop.saturated == "zero" else _ClampPassThrough.apply
 
 
 class _ClampPassThrough(torch.autograd.Function):

@@ -70,3 +70,200 @@ def temporal_vae():
         down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32), latent_channels=4, layers_per_block=1
     )
     return vae.requires_grad_(False).eval()
+
+
+def qwen_image_vae():
+    from diffusers import AutoencoderKLQwenImage
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    return vae.requires_grad_(False).eval()
+
+
+def mochi_vae(framewise: bool = False):
+    """Group norms are over 32 groups, which is therefore the least width."""
+    from diffusers import AutoencoderKLMochi
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLMochi(
+        in_channels=15,
+        encoder_block_out_channels=(32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32),
+        latent_channels=4,
+        layers_per_block=(3, 1, 1, 1),
+        temporal_expansions=(1, 3),
+        spatial_expansions=(2, 1),
+        add_attention_block=(False,) * 4,
+    )
+    if framewise:
+        vae._enable_framewise_decoding()
+        for module in vae.modules():  # which leaves convolutions without a padding in space
+            if isinstance(module, CogVideoXCausalConv3d):
+                module.conv.padding = module.const_padding_conv3d
+    return vae.requires_grad_(False).eval()
+
+
+def hunyuan_video_vae():
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_compression_ratio=2,
+    )
+    vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 12, 8
+    return vae.requires_grad_(False).eval()
+
+
+def hunyuan_video15_vae():
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    return vae.requires_grad_(False).eval()
+
+
+def ltx_vae(conditioned: bool = False):
+    """LTX's decoder, or with `conditioned` the later one, which injects noise and takes a timestep."""
+    from diffusers import AutoencoderKLLTXVideo
+
+    torch.manual_seed(0)
+    factor = 2 if conditioned else 1
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8),
+        down_block_types=("LTXVideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 16) if conditioned else (8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(3, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(conditioned,) * 3,
+        downsample_type=("conv",) * 2,
+        upsample_residual=(conditioned,) * 2,
+        upsample_factor=(factor,) * 2,
+        timestep_conditioning=conditioned,
+        patch_size=1,
+    )
+    _unequal_noise(vae)
+    vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 12, 8
+    return vae.requires_grad_(False).eval()
+
+
+def ltx2_vae(conditioned: bool = False):
+    from diffusers import AutoencoderKLLTX2Video
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=8,
+        block_out_channels=(8, 8),
+        down_block_types=("LTX2VideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 16),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(conditioned,) * 3,
+        downsample_type=("spatial", "spatiotemporal"),
+        upsample_type=("spatiotemporal", "temporal"),
+        spatial_compression_ratio=4,
+        upsample_residual=(True, True),
+        upsample_factor=(2, 2),
+        timestep_conditioning=conditioned,
+        patch_size=2,
+        decoder_causal=False,
+    )
+    _unequal_noise(vae)
+    vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 12, 8
+    return vae.requires_grad_(False).eval()
+
+
+def _unequal_noise(vae) -> None:
+    """Injected noise is scaled by weights that are zero at first."""
+    for name, weight in vae.named_parameters():
+        if "per_channel_scale" in name:
+            torch.nn.init.normal_(weight)
+
+
+def cosmos_vae():
+    from diffusers import AutoencoderKLCosmos
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decode_block_out_channels=(4, 8, 8, 8),
+        attention_resolutions=(2,),
+        resolution=8,
+        num_layers=1,
+        patch_size=2,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    return vae.requires_grad_(False).eval()
+
+
+def allegro_vae():
+    """Tiles of 4 frames, 8 x 8 latents."""
+    from diffusers import AutoencoderKLAllegro
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLAllegro(
+        down_block_types=("AllegroDownBlock3D",) * 3,
+        up_block_types=("AllegroUpBlock3D",) * 3,
+        block_out_channels=(4, 8, 8),
+        temporal_downsample_blocks=(True, False, False),
+        temporal_upsample_blocks=(False, True, False),
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=2,
+        sample_size=16,
+    )
+    vae.kernel, vae.stride = (8, 16, 16), (4, 8, 12)
+    vae.enable_tiling()
+    return vae.requires_grad_(False).eval()
+
+
+def magvit_vae(spatial_group_norm: bool = True):
+    from diffusers import AutoencoderKLMagvit
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLMagvit(
+        latent_channels=4,
+        block_out_channels=(4, 8, 8),
+        down_block_types=("SpatialDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D"),
+        up_block_types=("SpatialUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=spatial_group_norm,
+    )
+    return vae.requires_grad_(False).eval()
+
+
+def kvae_video_vae():
+    """Group norms are over 32 groups, which is therefore the least width."""
+    from diffusers import AutoencoderKLKVAEVideo
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4)
+    return vae.requires_grad_(False).eval()

@@ -9,22 +9,42 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .base import Decoder
+from .base import Decoder, Tiled
 
-_KNOWN: dict[str, str | Callable[..., Decoder]] = {
-    "AutoencoderKL": "image:ImageDecoder",
-    "AutoencoderKLCogVideoX": "cogvideox:CogVideoXDecoder",
+Make = Callable[..., Decoder | Tiled]
+
+_KNOWN: dict[str, str | Make] = {
+    "AutoencoderKL": "image:image",
+    "AutoencoderKLAllegro": "allegro:AllegroTiles",
+    "AutoencoderKLCogVideoX": "cogvideox:cogvideox",
+    "AutoencoderKLCosmos": "cosmos:CosmosDecoder",
+    "AutoencoderKLHunyuanVideo": "hunyuan:hunyuan_video",
+    "AutoencoderKLHunyuanVideo15": "hunyuan:hunyuan_video15",
+    "AutoencoderKLKVAEVideo": "kvae:KVAEVideoDecoder",
+    "AutoencoderKLLTX2Video": "ltx:ltx2_video",
+    "AutoencoderKLLTXVideo": "ltx:ltx_video",
+    "AutoencoderKLMagvit": "magvit:magvit",
+    "AutoencoderKLMochi": "mochi:mochi",
+    "AutoencoderKLQwenImage": "wan:qwen_image",
     "AutoencoderKLTemporalDecoder": "temporal:TemporalDecoder",
-    "AutoencoderKLWan": "wan:WanDecoder",
+    "AutoencoderKLWan": "wan:wan",
 }
 
 
-def register(vae_class: type[nn.Module], decoder: Callable[..., Decoder]) -> None:
-    """Make a decoder class known: `decoder(vae, latents, **decode_kwargs)` must return a `base.Decoder`."""
+def register(vae_class: type[nn.Module], decoder: Make) -> None:
+    """Make a VAE class known: `decoder(vae, latents, **decode_kwargs)` must return a `Decoder` or a `Tiled` one.
+
+    It is called for every decoding, with the latents, since whether a model uses tiles depends on their size.
+    """
     _KNOWN[vae_class.__name__] = decoder
 
 
-def decoder_of(vae: nn.Module, latents: Tensor, **decode_kwargs: Any) -> Decoder:
+def known_names() -> list[str]:
+    """The names of the known VAE classes."""
+    return sorted(_KNOWN)
+
+
+def decoder_of(vae: nn.Module, latents: Tensor, **decode_kwargs: Any) -> Decoder | Tiled:
     """The adapter of a VAE, also of a subclass of a known one.
 
     Raises:
@@ -33,7 +53,7 @@ def decoder_of(vae: nn.Module, latents: Tensor, **decode_kwargs: Any) -> Decoder
     return known_decoder(vae)(vae, latents, **decode_kwargs)
 
 
-def known_decoder(vae: nn.Module) -> Callable[..., Decoder]:
+def known_decoder(vae: nn.Module) -> Make:
     """What makes the adapter of a VAE; a UsageError if its class is not known."""
     for cls in type(vae).__mro__:
         if (known := _KNOWN.get(cls.__name__)) is not None:
@@ -42,7 +62,7 @@ def known_decoder(vae: nn.Module) -> Callable[..., Decoder]:
             module, name = known.split(":")
             return getattr(import_module(f".{module}", __name__), name)
     raise UsageError(
-        f"decode: no decoder is known for {type(vae).__name__}; known are {', '.join(sorted(_KNOWN))}. "
+        f"decode: no decoder is known for {type(vae).__name__}; known are {', '.join(known_names())}. "
         "To add one, subclass chopgrad_align.decoders.base.Decoder and pass it to chopgrad_align.decoders.register"
     )
 
@@ -57,11 +77,3 @@ def expect_latents(vae: nn.Module, latents: Tensor, *layouts: str) -> None:
         )
     if 0 in latents.shape:
         raise UsageError(f"decode: latents are empty, shape {tuple(latents.shape)}")
-
-
-def refuse_tiling(vae: nn.Module, tiled: bool) -> None:
-    if tiled:
-        raise UsageError(
-            f"decode: spatial tiling of {type(vae).__name__} is switched on and would be used at this size; "
-            "gradients through tiles are not supported for it. Call vae.disable_tiling()"
-        )

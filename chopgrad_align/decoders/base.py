@@ -19,6 +19,10 @@ Block = Callable[[Hidden, Cache], tuple[Hidden, Cache]]
 """A piece of one decoder call. It must not write into what it is given, nor keep anything: it may be run again."""
 
 
+Clamp = Callable[[Tensor], Tensor]
+"""Limits pixels to [-1, 1], with the gradient that the policy asks for."""
+
+
 @dataclass(frozen=True)
 class Group:
     """The latent frames of one decoder call and the pixel frames that it makes, both along the time axis."""
@@ -33,7 +37,9 @@ class Decoder(ABC):
     `f` is given as a list of blocks, each with a cache of its own, because a block is the unit of recomputation.
     A decoder without caches is the special case in which every block returns `None` as its cache.
 
-    To add a decoder, write a subclass and pass it to `chopgrad_align.decoders.register`.
+    To add a decoder, write a subclass and pass it to `chopgrad_align.decoders.register`: `groups` and `blocks` are its
+    substance. One that has no caches derives from `WholeDecoder` and gives `count_frames` and `blocks` only. One that
+    the model runs in tiles is wrapped in `tiles.SpatialTiles` or `tiles.TemporalTiles`.
     """
 
     time_axis: int = 2
@@ -65,8 +71,69 @@ class Decoder(ABC):
         """The blocks of group number `index`: the first receives `(latents_i,)`, the last returns `(output_i,)`."""
 
     @abstractmethod
-    def epilogue(self, output: Tensor, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+    def epilogue(self, output: Tensor, clamp: Clamp) -> Tensor:
         """From a group's output to its pixels; `clamp` limits to [-1, 1] and must be used where the model clamps."""
+
+
+class WholeDecoder(Decoder):
+    """A decoder that looks at all frames at once: one group, of which the backward pass recomputes block after block.
+
+    The gradient is exact. Memory grows with the number of frames, but only by what the blocks hand to each other and
+    by the activations of the largest block, far less than plain autograd's; `Exact(checkpoint=False)` saves nothing.
+    """
+
+    recurrent = False
+
+    @abstractmethod
+    def count_frames(self, latent_frames: int) -> int:
+        """How many pixel frames the model makes of so many latent frames."""
+
+    def groups(self, latents: Tensor) -> list[Group]:
+        count = latents.shape[2]
+        return [Group(slice(0, count), slice(0, self.count_frames(count)))]
+
+    def parts(self, group: Group) -> list[Group]:
+        return [group]
+
+    def prologue(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def epilogue(self, output: Tensor, clamp: Clamp) -> Tensor:
+        return output
+
+
+class Tiled(ABC):
+    """A decoder whose unit is a tile of the latents: each is decoded alone by `inner`, then all are blended.
+
+    Blending is left to plain autograd: it is linear and keeps no activations.
+    """
+
+    framewise: bool
+    """Whether each tile has all frames, so that a choice of frames can be made before decoding."""
+
+    time_axis: int
+    """The axis of the pixels along which frames follow each other."""
+
+    def __init__(self, inner: Decoder | Tiled) -> None:
+        self.inner = inner
+        self.vae: Any = inner.vae
+        self.sliced: bool = inner.sliced
+        self.time_axis = inner.time_axis
+
+    @abstractmethod
+    def tiles(self, latents: Tensor) -> list[Tensor]:
+        """The tiles, in the order in which the model decodes them."""
+
+    @abstractmethod
+    def join(self, tiles: list[Tensor], latents: Tensor, clamp: Clamp) -> Tensor:
+        """All pixels from those of the tiles; `clamp` limits to [-1, 1] and must be used where the model clamps.
+
+        It may write into `tiles`, as the blending functions of the models do.
+        """
+
+    @abstractmethod
+    def spans(self, latents: Tensor) -> list[slice]:
+        """All frames in consecutive pieces of a size that a loss can be taken of at once."""
 
 
 def stateless(module: Callable[[Tensor], Tensor]) -> Block:

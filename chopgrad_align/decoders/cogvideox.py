@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from . import expect_latents, refuse_tiling
-from .base import Block, Cache, Decoder, Group, Hidden
+from . import expect_latents
+from .base import Block, Cache, Clamp, Decoder, Group, Hidden, Tiled, stateless
+from .tiles import SpatialTiles, larger, overlapping_cut
+
+
+def cogvideox(vae: Any, latents: Tensor) -> Decoder | Tiled:
+    expect_latents(vae, latents, "BCFHW")
+    cuts = (
+        overlapping_cut(vae.tile_latent_min_height, vae.tile_sample_min_height, vae.tile_overlap_factor_height),
+        overlapping_cut(vae.tile_latent_min_width, vae.tile_sample_min_width, vae.tile_overlap_factor_width),
+    )
+    decoder = CogVideoXDecoder(vae)
+    return SpatialTiles(decoder, cuts) if vae.use_tiling and larger(latents, cuts) else decoder
 
 
 class CogVideoXDecoder(Decoder):
-    def __init__(self, vae: Any, latents: Tensor) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__(vae)
-        expect_latents(vae, latents, "BCFHW")
         self.sliced = vae.use_slicing
-        height, width = latents.shape[-2:]
-        refuse_tiling(
-            vae, vae.use_tiling and (width > vae.tile_latent_min_width or height > vae.tile_latent_min_height)
-        )
 
     def groups(self, latents: Tensor) -> list[Group]:
         size, count = self.vae.num_latent_frames_batch_size, latents.shape[2]
@@ -52,10 +58,10 @@ class CogVideoXDecoder(Decoder):
             x, cache = decoder.conv_in(latents, conv_cache=cache)
             return (x, latents), cache
 
-        def wrap(layer: Any) -> Block:
+        def wrap(resnet: Any) -> Block:
             def block(hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:
                 x, latents = hidden
-                x, cache = layer(x, None, latents, conv_cache=cache)
+                x, cache = resnet(x, None, latents, conv_cache=cache)
                 return (x, latents), cache
 
             return block
@@ -66,7 +72,10 @@ class CogVideoXDecoder(Decoder):
             x, conv_cache = decoder.conv_out(decoder.conv_act(x), conv_cache=conv_cache)
             return (x,), (norm_cache, conv_cache)
 
-        return [enter, wrap(decoder.mid_block), *(wrap(up_block) for up_block in decoder.up_blocks), leave]
+        blocks = [enter, *map(wrap, decoder.mid_block.resnets)]
+        for up_block in decoder.up_blocks:
+            blocks += [*map(wrap, up_block.resnets), *map(stateless, up_block.upsamplers or ())]
+        return [*blocks, leave]
 
-    def epilogue(self, output: Tensor, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+    def epilogue(self, output: Tensor, clamp: Clamp) -> Tensor:
         return output

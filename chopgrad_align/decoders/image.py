@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from . import expect_latents, refuse_tiling
-from .base import Block, Decoder, Group, stateless
+from . import expect_latents
+from .base import Block, Clamp, Decoder, Group, Tiled, stateless
+from .tiles import Blend, SpatialTiles, larger, overlapping_cut
+
+
+def image(vae: Any, latents: Tensor, generator: Any = None) -> Decoder | Tiled:
+    """Latents `(N, C, H, W)`, as `vae.decode` takes them, or a video `(B, C, F, H, W)`, decoded frame by frame."""
+    expect_latents(vae, latents, "NCHW", "BCFHW")
+    decoder = ImageDecoder(vae, time_axis=0 if latents.dim() == 4 else 2)
+    cut = overlapping_cut(vae.tile_latent_min_size, vae.tile_sample_min_size, vae.tile_overlap_factor)
+    if not (vae.use_tiling and larger(latents, (cut, cut))):
+        return decoder
+    blends: list[Blend] = [vae.blend_v, vae.blend_h]
+    return SpatialTiles(decoder, (cut, cut), blend=blends if latents.dim() == 4 else list(map(_of_frames, blends)))
+
+
+def _of_frames(blend: Blend) -> Blend:
+    def blend_frames(before: Tensor, tile: Tensor, extent: int) -> Tensor:
+        images = blend(before.transpose(1, 2).flatten(0, 1), tile.transpose(1, 2).flatten(0, 1), extent)
+        return images.unflatten(0, (len(tile), -1)).transpose(1, 2)
+
+    return blend_frames
 
 
 class ImageDecoder(Decoder):
-    """Latents `(N, C, H, W)`, as `vae.decode` takes them, or a video `(B, C, F, H, W)`, decoded frame by frame."""
-
     recurrent = False
 
-    def __init__(self, vae: Any, latents: Tensor, generator: Any = None) -> None:
+    def __init__(self, vae: Any, time_axis: int) -> None:
         super().__init__(vae)
-        expect_latents(vae, latents, "NCHW", "BCFHW")
-        refuse_tiling(vae, vae.use_tiling and max(latents.shape[-2:]) > vae.tile_latent_min_size)
-        self.time_axis = 0 if latents.dim() == 4 else 2
+        self.time_axis = time_axis
 
     def groups(self, latents: Tensor) -> list[Group]:
         count = latents.shape[self.time_axis]
@@ -46,5 +62,5 @@ class ImageDecoder(Decoder):
     def _enter(self, latents: Tensor) -> Tensor:
         return latents if self.time_axis == 0 else latents.squeeze(2)
 
-    def epilogue(self, output: Tensor, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+    def epilogue(self, output: Tensor, clamp: Clamp) -> Tensor:
         return output if self.time_axis == 0 else output.unsqueeze(2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from . import expect_latents
-from .base import Block, Decoder, Group, stateless
+from .base import Block, Clamp, Decoder, Group, stateless
 
 
 class TemporalDecoder(Decoder):
@@ -53,11 +53,15 @@ class TemporalDecoder(Decoder):
             clips = x.unflatten(0, (-1, self._clip)).transpose(1, 2)
             return decoder.time_conv_out(clips).transpose(1, 2).flatten(0, 1)
 
-        dtype = next(decoder.up_blocks.parameters()).dtype
-        middle = with_indicator(decoder.mid_block)
-        layers = [decoder.conv_in, lambda x: middle(x).to(dtype)]
-        layers += [with_indicator(up_block) for up_block in decoder.up_blocks]
+        middle, dtype = decoder.mid_block, next(decoder.up_blocks.parameters()).dtype
+        layers = [decoder.conv_in, with_indicator(middle.resnets[0])]
+        # There is one attention; `zip` drops the resnets after the second, as the model's own does.
+        for resnet, attention in zip(middle.resnets[1:], middle.attentions, strict=False):
+            layers += [attention, with_indicator(resnet)]
+        layers.append(lambda x: x.to(dtype))
+        for up_block in decoder.up_blocks:
+            layers += [*map(with_indicator, up_block.resnets), *(up_block.upsamplers or ())]
         return [stateless(layer) for layer in (*layers, head)]
 
-    def epilogue(self, output: Tensor, clamp: Callable[[Tensor], Tensor]) -> Tensor:
+    def epilogue(self, output: Tensor, clamp: Clamp) -> Tensor:
         return output

@@ -1,4 +1,4 @@
-"""AutoencoderKLWan: Wan 2.1, and Wan 2.2 with average-and-duplicate shortcuts and patchified pixels.
+"""AutoencoderKLWan: Wan 2.1, and Wan 2.2 with average-and-duplicate shortcuts and patchified pixels; Qwen-Image's.
 
 One latent frame a call. The model keeps the last two input frames of every causal convolution in a list that its
 layers mutate; here each block owns its part of that list, and takes and returns it as a value.
@@ -13,19 +13,41 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
-from . import expect_latents, refuse_tiling
-from .base import Block, Cache, Decoder, Group, Hidden, stateless
+from . import expect_latents
+from .base import Block, Cache, Clamp, Decoder, Group, Hidden, Tiled, stateless
+from .tiles import SpatialTiles, larger, strided_cuts
+
+Finish = Callable[[Tensor, Clamp], Tensor]
+
+
+def wan(vae: Any, latents: Tensor) -> Decoder | Tiled:
+    expect_latents(vae, latents, "BCFHW")
+    patch = vae.config.patch_size or 1
+
+    def finish(pixels: Tensor, clamp: Clamp) -> Tensor:
+        return clamp(unpatchify(pixels, patch_size=patch))
+
+    if vae.use_tiling and larger(latents, strided_cuts(vae)):
+        scale = vae.spatial_compression_ratio // patch
+        return SpatialTiles(WanDecoder(vae, None), strided_cuts(vae, patch), scale, finish)
+    return WanDecoder(vae, finish)
+
+
+def qwen_image(vae: Any, latents: Tensor) -> Decoder | Tiled:
+    expect_latents(vae, latents, "BCFHW")
+    if vae.use_tiling and larger(latents, strided_cuts(vae)):
+        # The model does not clamp the pixels of tiles.
+        return SpatialTiles(WanDecoder(vae, None), strided_cuts(vae), vae.spatial_compression_ratio)
+    return WanDecoder(vae, lambda pixels, clamp: clamp(pixels))
 
 
 class WanDecoder(Decoder):
-    def __init__(self, vae: Any, latents: Tensor) -> None:
+    """`finish` makes pixels of the last convolution's output; it is `None` for a tile, which is finished later."""
+
+    def __init__(self, vae: Any, finish: Finish | None) -> None:
         super().__init__(vae)
-        expect_latents(vae, latents, "BCFHW")
         self.sliced = vae.use_slicing
-        least = [
-            size // vae.spatial_compression_ratio for size in (vae.tile_sample_min_height, vae.tile_sample_min_width)
-        ]
-        refuse_tiling(vae, vae.use_tiling and (latents.shape[-2] > least[0] or latents.shape[-1] > least[1]))
+        self._finish = finish
         self._stride = 2 ** sum(vae.temperal_upsample)
 
     def groups(self, latents: Tensor) -> list[Group]:
@@ -38,11 +60,13 @@ class WanDecoder(Decoder):
         return [group]
 
     def prologue(self, latents: Tensor) -> Tensor:
-        return self.vae.post_quant_conv(latents)
+        return latents if self._finish is None else self.vae.post_quant_conv(latents)
 
     def blocks(self, index: int) -> Sequence[Block]:
         decoder = self.vae.decoder
-        blocks = [_conv(decoder.conv_in), _cached(decoder.mid_block.resnets[0])]
+        # Of a tile the model passes frame after frame through it; the bits of a convolution depend on its extent.
+        blocks = [stateless(self.vae.post_quant_conv)] if self._finish is None else []
+        blocks += [_conv(decoder.conv_in), _cached(decoder.mid_block.resnets[0])]
         for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
             blocks += [stateless(attention), _cached(resnet)]
         for up_block in decoder.up_blocks:
@@ -63,9 +87,8 @@ class WanDecoder(Decoder):
 
         return [_branch, *resnets, *upsampler, join]
 
-    def epilogue(self, output: Tensor, clamp: Callable[[Tensor], Tensor]) -> Tensor:
-        patch = self.vae.config.patch_size
-        return clamp(output if patch is None else unpatchify(output, patch_size=patch))
+    def epilogue(self, output: Tensor, clamp: Clamp) -> Tensor:
+        return output if self._finish is None else self._finish(output, clamp)
 
 
 def _cached(layer: nn.Module) -> Block:
