@@ -47,7 +47,8 @@ class Exact(Backprop):
             `"host"` moves them to host memory, so that device memory is constant in the number of frames;
             `"recompute"` keeps every sqrt(G)-th set and makes the others again (3F + B).
         checkpoint: Recompute the blocks inside a group too, so that one block's activations are alive at a time; one
-            more F. Choose False for speed when the graph of a whole group fits.
+            more F, so that a decoder that decodes a clip whole costs 3F + B. Choose False for speed when the graph of
+            a whole group fits.
     """
 
     cache: CachePlace = "device"
