@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_on_host = ContextVar("on_host", default=False)
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """What is allocated within the context lies in host memory, whatever its device says.
+
+    Only the code that moves tensors can tell: without a GPU, the device of a simulated run is the CPU too.
+    """
+    token = _on_host.set(True)
+    try:
+        yield
+    finally:
+        _on_host.reset(token)
+
 
 class StorageCount(TorchDispatchMode):
     """Within the context, counts bytes of the tensor storages that operations make, until they are freed.
 
     What existed before, such as weights and inputs, does not count, and neither does scratch memory inside a kernel.
+    It counts real tensors and, under `torch._subclasses.FakeTensorMode`, the tensors that a model of any size would
+    have made.
 
     Attributes:
-        now: Bytes alive at this moment.
-        peak: The most that were alive at once.
+        now: Bytes alive on the device at this moment.
+        peak: The most that were alive there at once.
+        host, host_peak: The same of what was offloaded to host memory.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
+        self.now = self.peak = self.host = self.host_peak = 0
+        self._sizes: dict[int, tuple[int, bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -32,11 +53,19 @@ class StorageCount(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self._sizes and storage._cdata not in known:
-                    self._sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
+                    self._sizes[storage._cdata] = storage.nbytes(), _on_host.get()
+                    self._add(storage.nbytes(), _on_host.get())
                     weakref.finalize(storage, self._freed, storage._cdata)
         return result
 
     def _freed(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+        size, host = self._sizes.pop(key)
+        self._add(-size, host)
+
+    def _add(self, size: int, host: bool) -> None:
+        if host:
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+        else:
+            self.now += size
+            self.peak = max(self.peak, self.now)

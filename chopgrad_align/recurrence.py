@@ -14,23 +14,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
-from .backprop import Backprop, Full, Truncated
-from .decoders.base import Cache, Clamp, Decoder, Group, Hidden
+from .backprop import Backprop, Replay, Truncated
+from .conditions import Conditions
+from .decoders.base import Block, Cache, Clamp, Decoder, Group, Hidden, Local, stateless
 from .errors import UsageError
+from .graph import Cotangents, Graph, RowGraphs, plus
+from .lean import Lean
+from .offload import Device, Host, Place
 
 Caches = list[Cache]
-"""One cache a block: the state of the recurrence between two groups. An empty list before the first."""
+"""The state of the recurrence between two groups, put away: one cache a unit. An empty list before the first group."""
 
-Cotangents = list[Tensor | None]
-"""One a leaf of `Caches`; `None` where there is no tensor or no gradient."""
+CacheCotangents = list[Any]
+"""The cotangents of `Caches`, put away: `Cotangents` for each unit. An empty list for none at all."""
 
 
 class Recurrence:
@@ -48,56 +51,68 @@ class Recurrence:
         shown: list[bool] | None = None,
         readout: Callable[[Group, Tensor], Tensor] | None = None,
     ) -> None:
-        self.decoder, self.backprop, self.groups, self.readout = decoder, backprop, groups, readout
+        self.decoder, self.groups, self.readout = decoder, groups, readout
         self.shown = [True] * len(groups) if shown is None else shown
         self.weights: list[Tensor] = [p for p in decoder.vae.parameters() if p.requires_grad]
-        self.conditions: list[_Conditions] = []
+        self.conditions: list[Conditions] = []
+        self.clamp = clamp_of(backprop)
+        self.replay = backprop if isinstance(backprop, Replay) else None
+        self.distance = backprop.distance if isinstance(backprop, Truncated) else None
         # No gradient crosses groups: the backward pass may go forward in time, and needs no stored caches.
-        self.local = not decoder.recurrent or (isinstance(backprop, Truncated) and backprop.distance == 0)
+        self.local = not decoder.recurrent or self.distance == 0
+        self.place: Place = Device()
 
     def run(self, hidden: Tensor) -> Tensor:
+        if self.replay is not None and self.replay.cache == "host":
+            self.place = Host(hidden.device)
         needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(self.weights))
-        if isinstance(self.backprop, Full) or not needs_gradient:
+        if self.replay is None or not needs_gradient:
             return self.forward(hidden)
         if self.local and self.readout is not None:
             return _Fused.apply(self, hidden, *self.weights)
         return _Replayed.apply(self, hidden, *self.weights)
 
+    def units(self, index: int) -> Sequence[Block]:
+        """What is run with a graph at a time, in order: each block of the group, or all of them as one."""
+        blocks = self.decoder.blocks(index)
+        return blocks if self.replay is not None and self.replay.checkpoint else [_in_turn(blocks)]
+
     def forward(self, hidden: Tensor, keep: dict[int, Caches] | None = None) -> Tensor:
-        """All groups in order; fills `keep` with the caches before those groups from which `_replay` will start."""
+        """All groups in order; fills `keep` with the caches before those groups from which `_replayed` will start."""
         stride = 1
         if self.local:
             stride = len(self.groups)
-        elif getattr(self.backprop, "cache", None) == "recompute":
+        elif self.replay is not None and self.replay.cache == "recompute":
             stride = math.ceil(math.sqrt(len(self.groups)))
         results = []
         caches: Caches = []
         for index, (group, shown) in enumerate(zip(self.groups, self.shown, strict=True)):
             if keep is not None:
-                self.conditions.append(_Conditions(hidden.device))
+                self.conditions.append(Conditions(hidden.device))
                 if index % stride == 0:
-                    keep[index] = self._put_away(caches)
+                    keep[index] = caches
             if not shown and not self.decoder.recurrent:
                 continue
-            pixels, caches = self.step(index, self._latents(hidden, group), caches)
+            state, caches = self.step(index, self._latents(hidden, group), caches)
             if shown:
-                results.append(self._read(group, pixels))
+                results.append(self._head(group)(state, None)[0][0])
+            del state  # the last output is large
         if self.readout is None:
             return torch.cat(results, self.decoder.time_axis)
         return torch.stack(results).sum()
 
-    def step(self, index: int, latents: Tensor, caches: Caches, recompute: bool = False) -> tuple[Tensor, Caches]:
-        """One decoder call, in values: the pixels of the group, and the caches after it."""
+    def step(self, index: int, latents: Tensor, caches: Caches) -> tuple[Hidden, Caches]:
+        """One decoder call, in values: its output, and the caches after it."""
+        units = self.units(index)
+        caches = caches or [None] * len(units)
         state: Hidden = (latents,)
-        blocks = self.decoder.blocks(index)
         after: Caches = []
-        for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
-            if recompute:
-                state, cache = checkpoint(block, state, cache, use_reentrant=False)
-            else:
-                state, cache = block(state, cache)
-            after.append(cache)
-        return self.decoder.epilogue(state[0], clamp_of(self.backprop)), after
+        for number, unit in enumerate(units):
+            cache = self.place.get(caches[number])
+            self.place.fetch(caches[number + 1 : number + 2])
+            state, cache = unit(state, cache)
+            after.append(self.place.put(cache))
+        return state, after
 
     def backward(self, hidden: Tensor, kept: dict[int, Caches], cotangents: Sequence[Tensor | None]) -> _Gradient:
         """The gradient, given the cotangent of each group's pixels or readout (`None` where it is not shown)."""
@@ -110,31 +125,30 @@ class Recurrence:
                     if own is not None and self.readout is None:
                         start = group.frames.start
                         piece = own[self._at(slice(part.frames.start - start, part.frames.stop - start))]
-                    _, _, caches = self.pull(index, part, hidden, caches, [(piece, None)], gradient, carry=False)
+                    _, _, caches = self.pull(index, part, hidden, caches, [(piece, [])], gradient, carry=False)
             return gradient
 
-        pending: Sequence[Cotangents | None] = []  # of the caches after the group at hand
-        for index, caches in self._replay(hidden, kept):
+        pending: list[CacheCotangents] = []  # of the caches after the group at hand
+        for index, caches in self._replayed(hidden, kept):
             own = cotangents[index]
-            if isinstance(self.backprop, Truncated):
+            if self.distance is not None:
                 # One for each later group of pixels, the nearest first: each has an end of the band of its own.
-                pulls = [(own, None), *((None, after) for after in pending)]
+                pulls = [(own, []), *((None, after) for after in pending)]
             else:  # without a band all later groups share one, because pulling back is linear
-                pulls = [(own, after) for after in pending or [None]]
+                pulls = [(own, after) for after in pending or [[]]]
             _, pending, _ = self.pull(index, self.groups[index], hidden, caches, pulls, gradient, carry=index > 0)
-            if isinstance(self.backprop, Truncated):
-                pending = pending[: self.backprop.distance]
+            if self.distance is not None:
+                pending = pending[: self.distance]
         return gradient
 
-    def _replay(self, hidden: Tensor, kept: dict[int, Caches]) -> Iterator[tuple[int, Caches]]:
+    def _replayed(self, hidden: Tensor, kept: dict[int, Caches]) -> Iterator[tuple[int, Caches]]:
         """The groups from the last to the first, each with the caches before it."""
         stop = len(self.groups)
         for start in sorted(kept, reverse=True):
-            segment = [tree_map_only(Tensor, lambda t: t.to(hidden.device), kept[start])]
+            segment = [kept[start]]
             for index in range(start, stop - 1):
                 with self.conditions[index].again(), torch.no_grad():
-                    latents = self._latents(hidden, self.groups[index])
-                    segment.append(self.step(index, latents, segment[-1])[1])
+                    segment.append(self.step(index, self._latents(hidden, self.groups[index]), segment[-1])[1])
             while segment:
                 yield start + len(segment) - 1, segment.pop()
             stop = start
@@ -145,50 +159,79 @@ class Recurrence:
         group: Group,
         hidden: Tensor,
         caches: Caches,
-        pulls: Sequence[tuple[Tensor | None, Cotangents | None]],
+        pulls: Sequence[tuple[Tensor | None, CacheCotangents]],
         gradient: _Gradient,
         carry: bool,
-    ) -> tuple[Tensor | None, list[Cotangents], Caches]:
-        """Run one group with a graph, and pull pairs of cotangents (of its result, of the caches after it) through it.
+    ) -> tuple[Tensor | None, list[CacheCotangents], Caches]:
+        """Run one group, and pull pairs of cotangents (of its result, of the caches after it) back through it.
 
-        Adds to `gradient`. Returns the result of the group; for each pair the cotangents of the caches before it, if
-        they are to be carried; and the caches after it.
+        The units run forward without a graph, which keeps what each was given, then one after the other again, with a
+        graph, from the last to the first. Adds to `gradient`. Returns the result of the group; for each pair the
+        cotangents of the caches before it, if they are to be carried; and the caches after it, if groups are local.
         """
         latents = self._latents(hidden, group).detach()
+        units = self.units(index)
+        caches = caches or [None] * len(units)
         if all(own is None and not after for own, after in pulls):
             if not self.decoder.recurrent:
                 return None, [], []
             with self.conditions[index].again(), torch.no_grad():
                 return None, [[] for _ in pulls], self.step(index, latents, caches)[1]
 
-        # Detached, because the graph of this group must end where the group does.
-        leaves, structure = tree_flatten(caches)
-        leaves = [leaf.detach().requires_grad_(carry) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)] if carry else []
-        if gradient.needs_hidden:
-            inputs.append(latents.requires_grad_())
-        with self.conditions[index].again(), torch.enable_grad():
-            recompute = getattr(self.backprop, "checkpoint", False)
-            pixels, after = self.step(index, latents, tree_unflatten(leaves, structure), recompute)
-            result = self._read(group, pixels)
+        last = len(units) - 1
+        graph: Graph | RowGraphs | None = None
+        given: list[Any] = []
+        conditions: list[Conditions] = []
+        after_group: Caches = []
+        state: Hidden = (latents,)
+        with self.conditions[index].again():
+            for number, unit in enumerate(units):
+                conditions.append(Conditions(latents.device))
+                cache = self.place.get(caches[number])
+                self.place.fetch(caches[number + 1 : number + 2])
+                if number == last and not self._by_rows(unit, state):  # it need not run twice
+                    graph = self._graph(unit, state, cache, conditions[-1], gradient.needs_hidden or number > 0, carry)
+                    assert isinstance(graph, Graph)
+                    state, cache = graph.output, graph.after
+                else:
+                    given.append(self.place.put(state))
+                    with torch.no_grad():
+                        state, cache = unit(state, cache)
+                if self.local:
+                    after_group.append(self.place.put(cache))
+                del cache
+            head = Graph(self._head(group), state[:1], None)
+        result = head.output[0]
+        states: list[Cotangents] = []
+        for own, _ in pulls:
+            pulled = head.pull([own], [], self.weights, again=True)
+            gradient.add_weights(pulled.weights)
+            # Shortcuts that the last unit passed on lead nowhere.
+            states.append(pulled.hidden and [*pulled.hidden, *(None for _ in state[1:])])
+        del state, head, pulled
 
-        before: list[Cotangents] = []
-        for turn, (own, cotangents) in enumerate(pulls):
-            roots = [] if own is None else [(result, own.to(result.dtype))]
+        before: list[CacheCotangents] = [[] for _ in pulls]
+        for number in range(last, -1, -1):
+            if graph is None:
+                state, cache = self.place.get(given.pop()), self.place.get(caches[number])
+                self.place.fetch([*given[-1:], *caches[number - 1 : number]])
+                graph = self._graph(
+                    units[number], state, cache, conditions[number], gradient.needs_hidden or number > 0, carry
+                )
+                del state, cache
+            for turn, (_, after) in enumerate(pulls):
+                of_after = self.place.get(after[number]) if after else []
+                pulled = graph.pull(states[turn], of_after, self.weights, again=turn + 1 < len(pulls))
+                states[turn] = pulled.hidden
+                gradient.add_weights(pulled.weights)
+                if carry:
+                    before[turn].append(self.place.put(pulled.cache))
+                del of_after, pulled
+            graph = None
+        for cotangents in states:
             if cotangents:
-                roots += [(o, c) for o, c in zip(tree_flatten(after)[0], cotangents, strict=True) if c is not None]
-            if not roots:
-                before.append([])
-                continue
-            outputs, weights = zip(*roots, strict=True)
-            last = turn == len(pulls) - 1
-            grads = torch.autograd.grad(
-                outputs, inputs + self.weights, weights, retain_graph=not last, allow_unused=True
-            )
-            grads_of = dict(zip(map(id, inputs), grads, strict=False))
-            before.append([grads_of.get(id(leaf)) for leaf in leaves] if carry else [])
-            gradient.add(self._at(group.latents), grads_of.get(id(latents)), grads[len(inputs) :])
-        return result.detach(), before, tree_map_only(Tensor, Tensor.detach, after)
+                gradient.add_hidden(self._at(group.latents), cotangents[0])
+        return result, [units_before[::-1] for units_before in before], after_group
 
     # --- small parts ---
 
@@ -198,13 +241,49 @@ class Recurrence:
     def _latents(self, hidden: Tensor, group: Group) -> Tensor:
         return hidden[self._at(group.latents)]
 
-    def _read(self, group: Group, pixels: Tensor) -> Tensor:
-        return pixels if self.readout is None else self.readout(group, pixels)
+    def _head(self, group: Group) -> Block:
+        """From the output of a group's blocks to its pixels, or to what is read out of them."""
 
-    def _put_away(self, caches: Caches) -> Caches:
-        if getattr(self.backprop, "cache", None) == "host":
-            return tree_map_only(Tensor, lambda t: t.to("cpu"), caches)
-        return caches
+        def pixels(output: Tensor) -> Tensor:
+            made = self.decoder.epilogue(output, self.clamp)
+            return made if self.readout is None else self.readout(group, made)
+
+        return stateless(pixels)
+
+    def _by_rows(self, unit: Block, state: Hidden) -> bool:
+        assert self.replay is not None
+        rows = self.replay.rows
+        return rows is not None and isinstance(unit, Local) and state[0].shape[-2] * unit.scale > rows
+
+    def _graph(
+        self, unit: Block, state: Hidden, cache: Cache, conditions: Conditions, through_hidden: bool, carry: bool
+    ) -> Graph | RowGraphs:
+        assert self.replay is not None
+        recording = partial(_recording, conditions, self.replay.lean)
+        if self._by_rows(unit, state):
+            assert isinstance(unit, Local)
+            assert self.replay.rows is not None
+            return RowGraphs(unit, state, cache, recording, carry, self.replay.rows)
+        return Graph(unit, state, cache, recording, through_hidden, carry)
+
+
+def _in_turn(blocks: Sequence[Block]) -> Block:
+    """Blocks as one block, whose cache is the list of theirs."""
+
+    def run(hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:
+        after = []
+        for block, own in zip(blocks, cache or [None] * len(blocks), strict=True):
+            hidden, own = block(hidden, own)
+            after.append(own)
+        return hidden, after
+
+    return run
+
+
+@contextmanager
+def _recording(conditions: Conditions, lean: bool) -> Iterator[None]:
+    with conditions.again(), Lean() if lean else nullcontext():
+        yield
 
 
 class _Gradient:
@@ -215,13 +294,13 @@ class _Gradient:
         self.hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
         self.weights: list[Tensor | None] = [None] * len(weights)
 
-    def add(self, at: tuple[slice, ...], latents: Tensor | None, weights: Sequence[Tensor | None]) -> None:
-        if self.hidden is not None and latents is not None:
-            self.hidden[at] += latents
-        for i, grad in enumerate(weights):
-            if grad is not None:
-                total = self.weights[i]
-                self.weights[i] = grad if total is None else total + grad
+    def add_hidden(self, at: tuple[slice, ...], part: Tensor | None) -> None:
+        if self.hidden is not None and part is not None:
+            self.hidden[at] += part
+
+    def add_weights(self, parts: Cotangents) -> None:
+        if parts:
+            self.weights = [plus(total, part) for total, part in zip(self.weights, parts, strict=True)]
 
     def times(self, scale: Tensor) -> list[Tensor | None]:
         return [None if grad is None else grad * scale.to(grad.dtype) for grad in (self.hidden, *self.weights)]
@@ -272,8 +351,8 @@ class _Fused(torch.autograd.Function):
         caches: Caches = []
         one = torch.ones((), device=hidden.device)
         for index, group in enumerate(recurrence.groups):
-            recurrence.conditions.append(_Conditions(hidden.device))
-            loss, _, caches = recurrence.pull(index, group, hidden, caches, [(one, None)], ctx.gradient, carry=False)
+            recurrence.conditions.append(Conditions(hidden.device))
+            loss, _, caches = recurrence.pull(index, group, hidden, caches, [(one, [])], ctx.gradient, carry=False)
             losses.append(loss)
         return torch.stack(losses).sum()
 
@@ -281,29 +360,6 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         return None, *ctx.gradient.times(gradient)
-
-
-class _Conditions:
-    """The autocast and random state under which a group first ran, so that it can run again the same."""
-
-    def __init__(self, device: torch.device) -> None:
-        kinds = {device.type, "cpu"}
-        self._autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-        self._random = torch.get_rng_state()
-        self._device = device
-        self._device_random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([] if self._device_random is None else [self._device]))
-            torch.set_rng_state(self._random)
-            if self._device_random is not None:
-                torch.cuda.set_rng_state(self._device_random, self._device)
-            for kind, enabled, dtype in self._autocast:
-                # Without autocast's cache, which could hold weights that were cast when no gradient was recorded.
-                stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-            yield
 
 
 def clamp_of(backprop: Backprop) -> Clamp:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
 from chopgrad_align.reward import FrameReward
 
-from .checkpoints import load_weights, loading, locate
+from .checkpoints import load_pretrained, load_weights, loading, locate
 from .preprocess import Preprocess
 
 _HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
@@ -46,14 +43,11 @@ class Aesthetic(FrameReward):
     ) -> None:
         super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)
         with loading(f"aesthetic: clip={clip!r}", "hub id or folder of a transformers CLIPModel"):
-            loaded: Any = CLIPModel.from_pretrained(clip, dtype=torch.float32, output_loading_info=True)
-            model, info = loaded
-            if info["missing_keys"]:
-                raise ValueError(f"{len(info['missing_keys'])} weights are missing.")
+            model = load_pretrained(CLIPModel, clip)
         self.vision, self.projection = model.vision_model, model.visual_projection
         side = model.config.vision_config.image_size
         self.preprocess = Preprocess(size=(side, side))
-        self.head = _Head(model.config.projection_dim)
+        self.head = Head(model.config.projection_dim)
         with loading(f"aesthetic: head={head!r}", f"hub id, folder or path of {_HEAD_FILE}, for the same CLIP model"):
             load_weights(self.head, locate(head, _HEAD_FILE))
         self.requires_grad_(False).eval()
@@ -64,10 +58,12 @@ class Aesthetic(FrameReward):
         return self.head(F.normalize(embedding, dim=-1)).squeeze(-1)
 
 
-class _Head(nn.Module):
+class Head(nn.Module):
+    """Features `(N, width)` -> `(N, 1)`, by the layers of LAION's predictor; ImageReward has the same."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(  # the official layers; dropout, which only training needs, keeps their numbers
+        self.layers = nn.Sequential(  # dropout, which only training needs, keeps the numbers of the official layers
             nn.Linear(width, 1024), nn.Dropout(0.2),
             nn.Linear(1024, 128), nn.Dropout(0.2),
             nn.Linear(128, 64), nn.Dropout(0.1),

@@ -7,7 +7,8 @@ import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -15,8 +16,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from chopgrad_align.errors import UsageError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"  # owner/name
 # What torch, transformers, open_clip and the hub raise for files that are missing, unreachable, damaged or other ones.
@@ -36,13 +40,24 @@ def loading(argument: str, expected: str) -> Iterator[None]:
     except _LOAD_ERRORS as error:
         if isinstance(error, pickle.UnpicklingError | EOFError):  # torch's text tells how to run untrusted code
             reason = "it is damaged, or holds Python objects besides tensors"
+        elif isinstance(error, KeyError):
+            reason = f"it has no {error}"
         else:
             reason = textwrap.shorten(str(error), 250, placeholder=" …").rstrip(".")
         raise UsageError(f"{argument} cannot be loaded: {reason}. Expected {expected}.") from error
 
 
 def locate(source: str, filename: str) -> Path:
-    """A weights file: `source` itself, or `filename` in the local folder or hub repository (`owner/name`) `source`."""
+    """A file: `source` itself, or `filename` in the local folder or hub repository (`owner/name`) `source`.
+
+    An address (`https://…`) is downloaded once, to `torch.hub`'s folder.
+    """
+    if source.startswith("https://"):
+        path = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(source).name)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(source, str(path), progress=False)
+        return path
     path = Path(source).expanduser()
     if path.is_dir():
         path = path / filename
@@ -54,16 +69,40 @@ def locate(source: str, filename: str) -> Path:
     return Path(hf_hub_download(source, filename))
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill `module` from a safetensors file, or from a torch file read with `weights_only=True`; keys must be equal."""
-    state: dict[str, Tensor]
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a torch file, which is read with `weights_only=True`."""
+    state: object
     if path.suffix == ".safetensors":
         state = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
+        raise ValueError(f"{path} holds something else than named tensors")
+    return state
+
+
+def fill_weights(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Fill `module` with `state`, read from `path`; names and shapes must be equal."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in state.items()}
     if wanted != given:
         key = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))[0]
         raise ValueError(f"{path} holds other weights: {key!r} is {given.get(key)}, expected {wanted.get(key)}")
     module.load_state_dict(state)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill `module` from a file that `read_weights` reads; names and shapes must be equal."""
+    fill_weights(module, read_weights(path), path)
+
+
+def load_pretrained(model_class: type[Model], source: str) -> Model:
+    """A transformers model in float32 from a hub id or folder; another model or a missing weight is an error."""
+    loader: Any = model_class
+    kind, wanted = AutoConfig.from_pretrained(source).model_type, loader.config_class.model_type
+    if kind != wanted:
+        raise ValueError(f"its model type is {kind!r}, not {wanted!r}")
+    model, info = loader.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{len(info['missing_keys'])} weights are missing")
+    return model

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import open_clip
-import torch
 from torch import Tensor, nn
 
 from chopgrad_align.errors import UsageError
@@ -17,8 +16,7 @@ from chopgrad_align.reward import FrameReward
 
 from .checkpoints import HUB_ID, loading
 from .preprocess import Preprocess
-
-_CACHED_PROMPTS = 4096
+from .prompt_cache import PromptCache
 
 
 class ImageTextSimilarity(nn.Module):
@@ -46,25 +44,17 @@ class ImageTextSimilarity(nn.Module):
             std=tuple(config["std"]),
             fill=config["fill_color"] / 255,
         )
-        self._texts: dict[str, Tensor] = {}  # prompt -> unit vector
+        self._texts = PromptCache(self._encode_texts)
 
     def forward(self, frames: Tensor, prompts: list[str]) -> Tensor:
         """`(N, 3, H, W)` in [0, 1] and N texts -> `(N,)` in [-1, 1]."""
         weight = next(self.model.parameters())
         image = self.model.encode_image(self.preprocess(frames).to(weight.dtype), normalize=True)
-        return (image * self._encode_texts(prompts).to(image)).sum(-1)
+        return (image * self._texts(prompts).to(image)).sum(-1)
 
-    @torch.no_grad()  # a prompt has nothing to learn
-    def _encode_texts(self, prompts: list[str]) -> Tensor:
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        if missing:
-            if len(self._texts) + len(missing) > _CACHED_PROMPTS:
-                self._texts.clear()
-                missing = list(dict.fromkeys(prompts))
-            tokens = self.tokenizer(missing).to(next(self.model.parameters()).device)
-            features = self.model.encode_text(tokens, normalize=True)
-            self._texts.update(zip(missing, features, strict=True))
-        return torch.stack([self._texts[prompt] for prompt in prompts])
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        tokens = self.tokenizer(texts).to(next(self.model.parameters()).device)
+        return self.model.encode_text(tokens, normalize=True)
 
 
 class ClipScore(FrameReward):

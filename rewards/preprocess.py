@@ -41,7 +41,8 @@ class Preprocess:
         """`(N, 3, H, W)` in [0, 1] -> `(N, 3, *size)`, normalised, at least float32."""
         frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
         height, width = self._resized_size(frames.shape[-2], frames.shape[-1])
-        # PIL resizes the rows, then the columns, and cuts the overshoot of bicubic edges each time.
+        # PIL resizes the rows, then the columns, and cuts the overshoot of bicubic edges each time. (Pillow 13 takes
+        # the columns first where the height shrinks much more; the published models come from before.)
         for size in ((frames.shape[-2], width), (height, width)):
             if size != frames.shape[-2:]:
                 frames = F.interpolate(frames, size=size, mode=self.interpolation, antialias=True)

@@ -67,10 +67,12 @@ def generate(args: argparse.Namespace) -> None:
     existing = [str(path) for path in paths if path.exists()]
     if existing and not args.overwrite:
         raise UsageError(f"{existing[0]} exists; choose another --out, or allow it with --overwrite")
-    model = _model(args.model)
 
     from chopgrad_align.training.lora import load_lora, lora_file
+    from chopgrad_align.training.models import check_pipeline, read_pipeline
 
+    model = args.model or str(files("chopgrad_align") / "embedded" / "pipeline")
+    check_pipeline(model, "--model")
     lora = lora_file(args.lora) if args.lora else None
 
     import torch
@@ -80,7 +82,8 @@ def generate(args: argparse.Namespace) -> None:
     from chopgrad_align.data.video import write_video
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = _load(model, args.dtype or ("float32" if device == "cpu" else "bfloat16"), device)
+    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
+    pipe = read_pipeline(model, "--model", {"default": dtype}).to(device)
     if lora:
         load_lora(pipe, lora)
     call = _call_arguments(pipe, model, args)
@@ -100,30 +103,6 @@ def generate(args: argparse.Namespace) -> None:
 def _slug(condition: Condition) -> str:
     text = condition.prompt or (condition.image.stem if condition.image else "")
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-") or "video"
-
-
-def _model(name: str | None) -> str:
-    """A folder that holds a pipeline, or a hub id as it is."""
-    folder = Path(name) if name else Path(str(files("chopgrad_align"))) / "embedded" / "pipeline"
-    if folder.exists():
-        if not (folder / "model_index.json").is_file():
-            raise UsageError(f"{folder} holds no diffusers pipeline (no model_index.json); give a folder that does")
-        return str(folder)
-    if name is None or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UsageError(f"there is no model folder {folder}; give an existing one, or a hub id such as owner/name")
-    return name
-
-
-def _load(model: str, dtype: str, device: str) -> Any:
-    import torch
-    from diffusers import DiffusionPipeline
-
-    try:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"cannot load {model}; check the name and the network, or give a folder ({reason})") from error
-    return pipe.to(device)
 
 
 def _call_arguments(pipe: Any, model: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def test_overrides(least, tmp_path):
         "model.call.height=64",
         "model.scheduler.flow_shift=3.5",
         "rewards.colour.weight=-2",
-        "rewards.more={name: hps_v2, args: {version: v2.0}}",
+        "rewards.more={name: hps_v2, cap: 0.3, normalize: true, args: {version: v2.0, frames: {random: 4}}}",
+        "rewards.level={name: sharpness, target: 40, args: {frames: first+last}}",
         "lora.alpha=8",
         "data.train=${configs:prompts/train.txt}",
         "trackers=[tensorboard]",
@@ -99,7 +100,10 @@ def test_overrides(least, tmp_path):
     assert config.model.call == {"height": 64}
     assert config.model.scheduler == {"flow_shift": 3.5}
     assert config.rewards["colour"].weight == -2
-    assert config.rewards["more"].args == {"version": "v2.0"}
+    more, level = config.rewards["more"], config.rewards["level"]
+    assert more.args == {"version": "v2.0", "frames": {"random": 4}}
+    assert (more.cap, more.target, more.normalize) == (0.3, None, True)
+    assert (level.cap, level.target, level.normalize, level.args) == (None, 40, False, {"frames": "first+last"})
     assert config.lora.alpha == 8
     assert Path(config.data.train).is_file()
     assert config.trackers == ["tensorboard"]
@@ -145,8 +149,12 @@ def test_the_section_on_gradients_becomes_a_policy():
         (["model.call=3"], r"model.call: expected a valid dictionary, got 3$"),
         (
             ["rewards.colour=colorfulness"],
-            r"rewards.colour: expected a section with the keys name, weight, args, got 'colorfulness'$",
+            r"rewards.colour: expected a section with the keys name, weight, cap, target, normalize, args, got 'c",
         ),
+        (["rewards.colour.normalise=true"], r"unknown key 'rewards.colour.normalise'; the nearest .* is 'normalize'$"),
+        (["rewards.colour.cap=high"], r"rewards.colour.cap: expected a valid number, .*got 'high'$"),
+        (["rewards.colour.cap=.inf"], r"rewards.colour.cap: expected a finite number, got inf$"),
+        (["rewards.colour.cap=3", "rewards.colour.target=2"], r"rewards.colour: give a cap or a target, not both$"),
         (["trackers=[mlflow]"], r"trackers.0: expected 'tensorboard' or 'wandb', got 'mlflow'$"),
         (["run=null"], r"run: expected a section with the keys folder, seed, got None$"),
         (["train.step=3", "train.steps=0"], r"train.steps: expected .*; unknown key 'train.step'"),

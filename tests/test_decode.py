@@ -3,6 +3,7 @@
 import pytest
 import tiny_vaes
 import torch
+from gradients import assert_same, assert_same_gradient, gradient, relative_error, weighted
 from torch import Tensor, nn
 
 from chopgrad_align import Exact, Full, Truncated, UsageError, decode, decode_loss
@@ -14,6 +15,9 @@ EXACT = [
     Exact(cache="host"),
     Exact(cache="recompute"),
     Exact(cache="recompute", checkpoint=False),
+    Exact(lean=False),
+    Exact(checkpoint=False, lean=False),
+    Exact(cache="host", rows=3),
 ]
 CASES = {
     "wan2.1": (tiny_vaes.wan_vae, {}, (2, 4, 4, 4, 3), {}),
@@ -43,19 +47,6 @@ def full_precision(monkeypatch):
     monkeypatch.setattr(WanUpsample, "forward", nn.Upsample.forward)
 
 
-def weighted(pixels: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return (pixels * torch.randn(pixels.shape, generator=generator).to(pixels)).sum()
-
-
-def gradient(output: Tensor, source: Tensor) -> Tensor:
-    return torch.autograd.grad(output, source)[0]
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.mark.parametrize("backprop", [Full(), *EXACT, Truncated(0), Truncated(2)], ids=str)
 def test_pixels_are_the_models_own_bit_for_bit(case, backprop):
     vae, latents, decode_kwargs = case
@@ -68,18 +59,16 @@ def test_pixels_are_the_models_own_bit_for_bit(case, backprop):
 @pytest.mark.parametrize("backprop", [Full(), *EXACT, Truncated(50)], ids=str)
 def test_exact_gradient_is_plain_autograds(case, backprop):
     vae, latents, decode_kwargs = case
-    expected = gradient(weighted(vae.decode(latents, **decode_kwargs).sample), latents)
-    got = gradient(weighted(decode(vae, latents, backprop, **decode_kwargs)), latents)
-    assert relative_error(got, expected) < 1e-5
+    expected = vae.decode(latents, **decode_kwargs).sample
+    assert_same_gradient(decode(vae, latents, backprop, **decode_kwargs), expected, latents)
 
 
 @pytest.mark.parametrize("backprop", EXACT, ids=str)
 def test_exact_gradient_in_float64(case, backprop, full_precision):
     vae, latents, decode_kwargs = case
     vae, latents = vae.double(), latents.detach().double().requires_grad_()
-    expected = gradient(weighted(vae.decode(latents, **decode_kwargs).sample), latents)
-    got = gradient(weighted(decode(vae, latents, backprop, **decode_kwargs)), latents)
-    assert relative_error(got, expected) < 1e-10
+    expected = vae.decode(latents, **decode_kwargs).sample
+    assert_same_gradient(decode(vae, latents, backprop, **decode_kwargs), expected, latents, tolerance=1e-10)
 
 
 def test_gradient_against_finite_differences(full_precision):
@@ -182,10 +171,7 @@ def test_frame_subsets(frames, backprop):
     latents = torch.randn(2, 4, 3, 4, 4, requires_grad=True)
     everything = decode(vae, latents, backprop)
     index = torch.arange(everything.shape[2])[torch.as_tensor(frames) if isinstance(frames, list) else frames]
-    some = decode(vae, latents, backprop, frames=frames)
-    assert torch.equal(some, everything[:, :, index])
-    expected = gradient(weighted(everything[:, :, index]), latents)
-    assert relative_error(gradient(weighted(some), latents), expected) < 1e-5
+    assert_same(decode(vae, latents, backprop, frames=frames), everything[:, :, index], latents)
 
 
 @pytest.mark.parametrize(("frames", "calls"), [([0], 1), ([4], 2), ([0, 9], 4), (None, 4)])
@@ -218,9 +204,7 @@ def test_images_of_a_video():
     vae = tiny_vaes.image_vae()
     latents = torch.randn(2, 4, 3, 4, 4, requires_grad=True)
     expected = torch.stack([vae.decode(latents[:, :, i]).sample for i in range(3)], 2)
-    got = decode(vae, latents)
-    assert torch.equal(got, expected)
-    assert relative_error(gradient(weighted(got), latents), gradient(weighted(expected), latents)) < 1e-5
+    assert_same(decode(vae, latents), expected, latents)
 
 
 @pytest.mark.parametrize("make", ["wan_vae", "cogvideox_vae", "image_vae"])
@@ -228,10 +212,7 @@ def test_slicing_is_followed(make):
     vae = getattr(tiny_vaes, make)()
     latents = torch.randn((3, 4, 4, 4) if make == "image_vae" else (3, 4, 3, 4, 4), requires_grad=True)
     vae.enable_slicing()
-    expected = vae.decode(latents).sample
-    got = decode(vae, latents)
-    assert torch.equal(got, expected)
-    assert relative_error(gradient(weighted(got), latents), gradient(weighted(expected), latents)) < 1e-5
+    assert_same(decode(vae, latents), vae.decode(latents).sample, latents)
 
 
 @pytest.mark.parametrize("backprop", [Exact(), Truncated(1), Truncated(0), Full()], ids=str)
@@ -265,7 +246,8 @@ def test_dropout_and_autocast_are_the_same_when_groups_run_again():
     for backprop in EXACT:
         same, got, after = run(lambda b=backprop: decode(vae, latents, b))
         assert torch.equal(same, pixels)
-        assert relative_error(got, expected) < 1e-5
+        # In bfloat16 the order of sums shows, and rows are summed in another one.
+        assert relative_error(got, expected) < (1e-5 if backprop.rows is None else 3e-2)
         assert torch.equal(after, state)  # the backward pass draws nothing
 
 
@@ -321,7 +303,7 @@ def test_the_vae_stays_as_it_was(backprop):
         if calls == 2:
             raise RuntimeError("out of luck")
 
-    handle = vae.decoder.mid_block.resnets[0].register_forward_pre_hook(fail)
+    handle = vae.decoder.mid_block.resnets[0].conv1.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         decode(vae, latents, backprop)
     handle.remove()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_vaes
 import torch
+from gradients import assert_same, assert_same_gradient, gradient, relative_error, weighted
 from torch import Tensor, nn
 
 from chopgrad_align import Exact, Full, Truncated, UsageError, decode, decode_loss, decoders
@@ -25,6 +26,11 @@ class Case:
     decode_kwargs: dict = field(default_factory=dict)
     tiling: dict | None = None
     slicing: bool = False
+
+    @property
+    def time_axis(self) -> int:
+        """Of the pixels."""
+        return 0 if len(self.shape) == 4 else 1 if self.make == "allegro_vae" else 2
 
     def build(self, dtype=torch.float32, shape=None):
         vae = getattr(tiny_vaes, self.make)(**self.arguments)
@@ -170,19 +176,6 @@ def over(cases: dict[str, Case]):
     return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
 
 
-def weighted(pixels: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    return (pixels * torch.randn(pixels.shape, generator=generator).to(pixels)).sum()
-
-
-def gradient(output: Tensor, source: Tensor) -> Tensor:
-    return torch.autograd.grad(output, source)[0]
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 @over(ALL)
 def test_pixels_bit_for_bit_and_the_gradient_of_plain_autograd(case):
     vae, latents = case.build()
@@ -205,8 +198,7 @@ def test_the_gradient_in_float64(case, monkeypatch):
     for upsampling in (wan.WanUpsample, qwen.QwenImageUpsample):  # which pass through float32
         monkeypatch.setattr(upsampling, "forward", nn.Upsample.forward)
     vae, latents = case.build(torch.float64)
-    expected = gradient(weighted(case.reference(vae, latents)), latents)
-    assert relative_error(gradient(weighted(case.decode(vae, latents)), latents), expected) < 1e-10
+    assert_same_gradient(case.decode(vae, latents), case.reference(vae, latents), latents, tolerance=1e-10)
 
 
 @over(EACH)
@@ -226,27 +218,25 @@ def test_weights_of_the_decoder_get_their_gradient(case):
 @over(EACH)
 def test_chosen_frames(case):
     vae, latents = case.build()
-    axis = 0 if latents.dim() == 4 else 1 if case.make == "allegro_vae" else 2
     everything = case.decode(vae, latents)
-    index = torch.tensor([everything.shape[axis] - 1, 0])
-    expected = everything.index_select(axis, index)
+    index = torch.tensor([everything.shape[case.time_axis] - 1, 0])
+    expected = everything.index_select(case.time_axis, index)
     some = case.decode(vae, latents, frames=[-1, 0])
     if case.make == "image_vae":  # decoded in other batches than without a choice
         torch.testing.assert_close(some, expected)
     else:
         assert torch.equal(some, expected)
-    assert relative_error(gradient(weighted(some), latents), gradient(weighted(expected), latents)) < 1e-5
+    assert_same_gradient(some, expected, latents)
 
 
 @over(EACH)
 def test_streamed_loss(case):
     vae, latents = case.build()
-    axis = 0 if latents.dim() == 4 else 1 if case.make == "allegro_vae" else 2
     pixels = case.decode(vae, latents)
     target = torch.rand_like(pixels)
 
     def frame_loss(part, frames):
-        return (part - target[(*(slice(None),) * axis, frames)]).square().sum()
+        return (part - target[(*(slice(None),) * case.time_axis, frames)]).square().sum()
 
     torch.manual_seed(5)
     loss = decode_loss(vae, latents, frame_loss, Exact(), **case.decode_kwargs)
@@ -345,9 +335,7 @@ def test_images_of_a_video_in_tiles():
     vae, _ = TILES["images"].build()
     latents = torch.randn(2, 4, 3, 6, 5, requires_grad=True)
     expected = torch.stack([vae.decode(latents[:, :, i]).sample for i in range(3)], 2)
-    got = decode(vae, latents)
-    assert torch.equal(got, expected)
-    assert relative_error(gradient(weighted(got), latents), gradient(weighted(expected), latents)) < 1e-5
+    assert_same(decode(vae, latents), expected, latents)
 
 
 def test_slices_of_magvit_start_from_clean_caches():
@@ -415,11 +403,6 @@ def test_a_new_decoder_is_one_small_class(monkeypatch):
         decode(vae, latents)
     monkeypatch.setattr(decoders, "_KNOWN", dict(decoders._KNOWN))
     decoders.register(Mean, MeanDecoder)
-    expected = vae.decode(latents)
     for backprop in POLICIES:
-        pixels = decode(vae, latents, backprop)
-        assert torch.equal(pixels, expected)
-        assert (
-            relative_error(gradient(weighted(pixels), latents), gradient(weighted(vae.decode(latents)), latents)) < 1e-5
-        )
-    assert torch.equal(decode(vae, latents, frames=[1]), expected[:, :, 1:2])
+        assert_same(decode(vae, latents, backprop), vae.decode(latents), latents)
+    assert torch.equal(decode(vae, latents, frames=[1]), vae.decode(latents)[:, :, 1:2])

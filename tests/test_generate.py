@@ -2,6 +2,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from tiny_pipelines import PROMPTS, TARGETS, picture, svd, wan_t2v
@@ -91,8 +92,9 @@ def test_an_image_alone_is_enough_for_image_to_video(generate, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no/such/folder"], "there is no model folder no/such/folder; give"),
-        (["--model", "."], "holds no diffusers pipeline"),
+        (["--model", "no/such/folder"], "--model: there is no folder no/such/folder; give one, or a hub id"),
+        (["--model", "."], "--model: . holds no diffusers pipeline"),
+        (["--model", "no/body"], "--model: cannot load no/body; check the name and the network"),
         (["--lora", "none"], "there are no LoRA weights none; give"),
         (["--frames", "6"], "would round num_frames=6"),
         (["--size", "20x16"], "would round height=20"),
@@ -101,6 +103,7 @@ def test_an_image_alone_is_enough_for_image_to_video(generate, tmp_path, capsys)
 )
 def test_bad_arguments_end_in_one_sentence(generate, model, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit, match="2"):
         generate("--model", model, "--prompt", "a star", "--out", tmp_path / "out", *arguments)
     error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -70,7 +70,11 @@ def within(modules: set[str], *allowed: str) -> bool:
 
 # The mathematics, from the bottom up: torch, and what stands before it here. So it can be read, and used, without any
 # model library.
-CORE = ["errors", "memory", "backprop", "steps", "reward", "decoders.base", "decoders", "recurrence", "decode"]
+CORE = [
+    *("errors", "memory", "backprop", "steps"),
+    *("reward.frames", "reward.protocol", "reward.loading", "reward.checking", "reward"),
+    *("decoders.base", "decoders", "conditions", "lean", "offload", "graph", "recurrence", "decode"),
+]
 
 
 def beyond(core: list[str], found: set[str]) -> set[str]:
@@ -89,13 +93,13 @@ def test_the_rollout_imports_torch_alone_until_it_runs():
 
 
 def test_model_libraries_stay_where_they_belong():
-    assert within(importers("diffusers"), "decoders", "rollout", "training")
+    assert within(importers("diffusers"), "decoders", "rollout", "training", "planner", "benchmark")
     assert within(importers("peft"), "training")
     assert within(importers("accelerate"), "training")
 
 
 def test_imports_point_down():
-    assert within(importers("chopgrad_align.training"), "training", "planner")
+    assert within(importers("chopgrad_align.training"), "training", "planner", "benchmark")
     assert within(importers("chopgrad_align.evaluation"), "evaluation", "training", "planner")
     ours = {module: imports(module) & MODULES.keys() for module in MODULES}
     graphlib.TopologicalSorter(ours).prepare()  # raises for a cycle, and names it
@@ -163,18 +167,44 @@ def test_every_public_name_says_what_it_is():
 # --- what it brings along ---------------------------------------------------------------------------------------------
 
 
+# What `DiffusionPipeline.from_pretrained` and open_clip read, and what configs, reward and card name.
+EMBEDDED = {
+    "README.md",
+    "figures.json",
+    "prompts_held_out.txt",
+    "prompts_train.txt",
+    "pipeline/call_defaults.json",
+    "pipeline/model_index.json",
+    "pipeline/scheduler/scheduler_config.json",
+    "pipeline/text_encoder/config.json",
+    "pipeline/text_encoder/model.safetensors",
+    "pipeline/tokenizer/tokenizer.json",
+    "pipeline/tokenizer/tokenizer_config.json",
+    "pipeline/transformer/config.json",
+    "pipeline/transformer/diffusion_pytorch_model.safetensors",
+    "pipeline/vae/config.json",
+    "pipeline/vae/diffusion_pytorch_model.safetensors",
+    "reward/open_clip_config.json",
+    "reward/open_clip_model.safetensors",
+    "reward/tokenizer.json",
+    "reward/tokenizer_config.json",
+}
+
+
 def _files_in(folder) -> set[str]:
     """Paths below a folder of the tree or of a package."""
-    if not folder.is_dir():
-        return set()
     below = {f"{entry.name}/{name}" for entry in folder.iterdir() if entry.is_dir() for name in _files_in(entry)}
     return below | {entry.name for entry in folder.iterdir() if entry.is_file()}
 
 
 def test_configs_and_embedded_files_are_found_in_the_package():
     configs = {name for name in _files_in(ROOT / "configs") if name.endswith(".yaml")}
+    assert configs
     assert configs <= _files_in(files("chopgrad_configs"))
-    assert _files_in(ROOT / "chopgrad_align" / "embedded") <= _files_in(files("chopgrad_align") / "embedded")
+    embedded = files("chopgrad_align") / "embedded"
+    assert _files_in(embedded) >= EMBEDDED
+    assert all((embedded / name).stat().st_size > 0 for name in EMBEDDED)
+    assert _files_in(ROOT / "chopgrad_align" / "embedded") <= _files_in(embedded)
 
 
 OURS = [entry for entry in entry_points(group="chopgrad_align.rewards") if entry.dist.name == "chopgrad-align"]
@@ -182,7 +212,8 @@ OURS = [entry for entry in entry_points(group="chopgrad_align.rewards") if entry
 
 def test_every_reward_of_the_folder_is_published():
     published = {entry.module for entry in OURS}
-    helpers = {"chopgrad_rewards", "chopgrad_rewards.checkpoints", "chopgrad_rewards.preprocess"}
+    shared = ("checkpoints", "detection", "optical_flow", "preprocess", "prompt_cache", "whole_video")
+    helpers = {"chopgrad_rewards", *(f"chopgrad_rewards.{name}" for name in shared)}
     assert published == {module for module in MODULES if module.split(".")[0] == "chopgrad_rewards"} - helpers
 
 

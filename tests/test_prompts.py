@@ -39,6 +39,18 @@ def test_images_are_relative_to_the_file(tmp_path, name):
         read_prompts(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["w.csv", "w.jsonl"])
+def test_weights(tmp_path, name):
+    content = "prompt,weight,weight.clip,weights\na,2,0.5,x\nb,,-1,\nc,,,\n"
+    if name == "w.jsonl":
+        content = (
+            '{"prompt": "a", "weight": 2, "weight.clip": "0.5"}\n{"prompt": "b", "weight.clip": -1}\n{"prompt": "c"}\n'
+        )
+    a, b, c = read_conditions(write(tmp_path / name, content))
+    assert [x.weight_of("clip") for x in (a, b, c)] == [1.0, -1.0, 1.0]
+    assert [x.weight_of("other") for x in (a, b, c)] == [2.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -52,6 +64,9 @@ def test_images_are_relative_to_the_file(tmp_path, name):
         ("p.csv", "prompt,image\na star,none.png\n", "line 2: no image .*none.png"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2: not JSON"),
         ("p.jsonl", '"a star"\n', "line 1: expected an object"),
+        ("p.csv", "prompt,weight\na star,much\n", "line 2: expected a finite number as `weight`, got 'much'"),
+        ("p.csv", "prompt,weight.x\na star,nan\n", "line 2: expected a finite number as `weight.x`, got 'nan'"),
+        ("p.jsonl", '{"prompt": "a", "weight": [1]}\n', "line 1: expected a finite number as `weight`, got"),
         ("p.jsonl", '{"prompt": 3}\n', "line 1: expected text as `prompt`, got 3"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The reward protocol: frame-wise scoring, the three spellings, and what is said about a wrong reward."""
+"""The reward protocol: frames and chunks, the three spellings, and what is said about a wrong reward."""
 
 import importlib.metadata
 import sys
@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameReward, check_reward, check_scores, load_reward
+from chopgrad_align.memory import StorageCount
+from chopgrad_align.reward import (
+    FrameReward,
+    SampledReward,
+    check_reward,
+    check_scores,
+    frame_sampler,
+    load_reward,
+)
+from chopgrad_align.reward.frames import All, First, FirstLast, Last, Random, Stride, Uniform
+from chopgrad_align.reward.protocol import frames_read, score
 
 
 class Match(FrameReward):
@@ -81,13 +91,50 @@ def test_memory_does_not_grow_with_the_frames():
         assert saved_bytes(Match(frames_per_chunk=8), video) < one_chunk / 2
 
 
-@pytest.mark.parametrize(
-    ("frames", "total", "selected"),
-    [(None, 3, [0, 1, 2]), (5, 3, [0, 1, 2]), (1, 5, [2]), (2, 9, [0, 8]), (3, 9, [0, 4, 8]), (4, 17, [0, 5, 11, 16])],
-)
-def test_selected_frames(frames, total, selected):
+def peak(reward, frames):
+    """Bytes of a forward and a backward pass beside the video, its gradient and the frames that were chosen of it."""
+    video = random_video(1, frames)
+    with StorageCount() as storage:
+        torch.autograd.grad(reward(video, ["a"]).sum(), video)
+    return storage.peak - video.nbytes
+
+
+def test_the_peak_does_not_grow_with_the_frames():
+    chunked = [peak(Match(frames_per_chunk=4), frames) for frames in (8, 64)]
+    whole = [peak(Match(frames_per_chunk=100), frames) for frames in (8, 64)]
+    a_chunk = whole[0] / 2
+    assert chunked[0] < 1.3 * a_chunk
+    # Of 56 more frames the gradients of chunks wait to be joined, as large as pixels; activations are 5 times that.
+    pixels = random_video(1, 56).nbytes
+    assert chunked[1] - chunked[0] < 1.1 * pixels < (whole[1] - whole[0]) / 5
+    read = [peak(Match(frames=8, frames_per_chunk=100), frames) for frames in (8, 64)]
+    assert read[1] - read[0] < 1.1 * pixels
+
+
+SAMPLERS = [
+    (None, All(), 3, [0, 1, 2]),
+    ("all", All(), 3, [0, 1, 2]),
+    (5, Uniform(5), 3, [0, 1, 2]),
+    (1, Uniform(1), 5, [2]),
+    (2, Uniform(2), 9, [0, 8]),
+    (3, Uniform(3), 9, [0, 4, 8]),
+    ({"uniform": 4}, Uniform(4), 17, [0, 5, 11, 16]),
+    ("first", First(), 5, [0]),
+    ("last", Last(), 5, [4]),
+    ("first+last", FirstLast(), 5, [0, 4]),
+    ("first+last", FirstLast(), 1, [0]),
+    ({"stride": 3}, Stride(3), 8, [0, 3, 6]),
+    ({"stride": 9}, Stride(9), 8, [0]),
+    ({"random": 9}, Random(9), 4, [0, 1, 2, 3]),
+]
+
+
+@pytest.mark.parametrize(("frames", "sampler", "total", "selected"), SAMPLERS)
+def test_frames_that_are_read(frames, sampler, total, selected):
+    assert frame_sampler(frames) == frame_sampler(sampler) == sampler
     reward = Match(frames=frames)
-    assert reward.selected_frames(total) == selected
+    assert reward.frames == sampler
+    assert frames_read(reward, total, [5, 6]) == [selected, selected]
     video = random_video(2, total)
     (gradient,) = torch.autograd.grad(reward(video, ["a", "bc"]).sum(), video)
     touched = gradient.abs().amax((0, 2, 3, 4)).nonzero().flatten().tolist()
@@ -101,9 +148,60 @@ def test_no_graph_without_grad():
         assert not Match(frames_per_chunk=2)(random_video(), PROMPTS).requires_grad
 
 
-@pytest.mark.parametrize("options", [{"frames": 0}, {"frames": 1.5}, {"frames_per_chunk": None}, {"frames": True}])
-def test_counts_are_positive_whole_numbers(options):
-    with pytest.raises(UsageError, match=rf"Match\({next(iter(options))}=.*expected a whole number, 1 or more"):
+def test_random_frames():
+    reward, video = Match(frames={"random": 3}), random_video(3, 11)
+    seeds = [7, 8, 7]
+    read = frames_read(reward, 11, seeds)
+    assert read[0] == read[2] != read[1]
+    assert all(len(set(frames)) == 3 and frames == sorted(frames) for frames in read)
+    assert {frame for seed in range(99) for frame in Random(3).indices(11, seed)} == set(range(11))
+
+    scores = score(reward, video, PROMPTS, seeds)
+    (gradient,) = torch.autograd.grad(scores.sum(), video)
+    for b, frames in enumerate(read):
+        assert gradient[b].abs().amax((1, 2, 3)).nonzero().flatten().tolist() == frames
+        torch.testing.assert_close(scores[b], Match()(video[b : b + 1, frames], PROMPTS[b : b + 1])[0])
+
+    # By itself it draws as everything in torch does.
+    torch.manual_seed(0)
+    first, second = reward(video, PROMPTS), reward(video, PROMPTS)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(reward(video, PROMPTS), first)
+
+
+class Motion(SampledReward):
+    """How much the chosen frames differ from one to the next."""
+
+    def score_video(self, video, prompts):
+        return video.diff(dim=1).square().mean((1, 2, 3, 4))
+
+
+def test_a_reward_of_frames_together():
+    video = random_video(2, 9)
+    scores = Motion(frames={"stride": 4})(video, ["", ""])
+    torch.testing.assert_close(scores, video[:, ::4].diff(dim=1).square().mean((1, 2, 3, 4)))
+    assert frames_read(Motion(frames=2), 9, [0]) == [[0, 8]]
+    assert frames_read(lambda video, prompts: None, 3, [0, 1]) == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 0}, r"^Match: frames: expected a whole number, 1 or more, got 0$"),
+        ({"frames": 1.5}, r"^Match: frames: expected a whole number, 1 or more, got 1.5$"),
+        ({"frames": True}, r"whole number, 1 or more, got True$"),
+        ({"frames": {"random": "all"}}, r"whole number, 1 or more, got 'all'$"),
+        ({"frames": {"stride": -1}}, r"whole number, 1 or more, got -1$"),
+        ({"frames": "frist"}, r"frames='frist': expected .* \{stride: 4\}; did you mean 'first'\?$"),
+        ({"frames": {"rand": 4}}, r"frames=\{'rand': 4\}: expected a whole .*; did you mean 'random'\?$"),
+        ({"frames": {"random": 4, "stride": 2}}, r"expected a whole number, all, first, last, first\+last, or one of"),
+        ({"frames": [0, 3]}, r"frames=\[0, 3\]: expected"),
+        ({"frames_per_chunk": None}, r"^Match: frames_per_chunk=None: expected a whole number, 1 or more$"),
+    ],
+)
+def test_choices_that_are_none(options, message):
+    with pytest.raises(UsageError, match=message):
         Match(**options)
 
 
@@ -162,7 +260,7 @@ def folder(tmp_path, monkeypatch):
 def test_published_name():
     reward = load_reward("colorfulness", frames=2)
     assert isinstance(reward, FrameReward)
-    assert reward.frames == 2
+    assert reward.frames == Uniform(2)
 
 
 def test_module_and_class(folder, monkeypatch):
@@ -197,7 +295,7 @@ def test_a_loaded_module_is_frozen(folder):
         (
             "colourfulness",
             {},
-            "no reward is called 'colourfulness'; did you mean 'colorfulness'.*Known: aesthetic, clip_",
+            "no reward is called 'colourfulness'; did you mean 'colorfulness'.*Known: .*aesthetic, .*clip_score, ",
         ),
         ("mine/json.py", {}, "for a class in that file, write 'mine/json.py:Class'"),
         ("no_such_package.rewards:R", {}, "no module named 'no_such_package'; install its package.*file.py:Class"),
@@ -225,16 +323,19 @@ def test_a_name_that_cannot_be_loaded(folder, name, args, message):
 
 def test_a_missing_package_names_the_extra(folder, monkeypatch):
     (folder / "needs.py").write_text("import lpips\n")
-    monkeypatch.setitem(sys.modules, "lpips", None)  # what Python itself treats as not installed
-    with pytest.raises(UsageError, match=r"not installed: pip install 'chopgrad-align\[metrics\]'"):
-        load_reward("needs.py:R")
+    (folder / "later.py").write_text("def make():\n    import kornia.filters\n")
+    for module in ("lpips", "kornia", "kornia.filters"):
+        monkeypatch.setitem(sys.modules, module, None)  # what Python itself treats as not installed
+    for name, extra in (("needs.py:R", "metrics"), ("later.py:make", "rewards")):
+        with pytest.raises(UsageError, match=rf"not installed: pip install 'chopgrad-align\[{extra}\]'"):
+            load_reward(name)
 
 
 def test_two_packages_with_one_name(monkeypatch):
     entries = [
         importlib.metadata.EntryPoint("sharp", value, "chopgrad_align.rewards") for value in ("a.rewards:S", "b:Sharp")
     ]
-    monkeypatch.setattr("chopgrad_align.reward.entry_points", lambda group: entries)
+    monkeypatch.setattr("chopgrad_align.reward.loading.entry_points", lambda group: entries)
     with pytest.raises(UsageError, match=r"several packages publish a reward 'sharp': choose a\.rewards:S or b:Sharp"):
         load_reward("sharp")
 
@@ -266,7 +367,7 @@ def test_a_good_reward_passes():
         (lambda v, p: v.mean(), r"shape \(\) for a batch of 2, expected \(2,\): one score a sample"),
         (lambda v, p: v.mean((2, 3, 4)), r"shape \(2, 5\) for a batch of 2"),
         (lambda v, p: mean(v)[:, None], r"shape \(2, 1\)"),
-        (lambda v, p: mean(v) / 0, r"not finite: on a random video \(2, 5, 3, 64, 64\) it scored \[inf, inf\]"),
+        (lambda v, p: mean(v) / 0, r"not finite: on a video \(2, 5, 3, 64, 64\) it scored \[inf, inf\]"),
         (lambda v, p: mean(v.detach()), r"no gradient: its scores do not require grad; remove no_grad"),
         (lambda v, p: torch.ones(2), r"no gradient"),
         (lambda v, p: torch.ones(2, requires_grad=True) * 1, r"constant: its gradient is zero.*scored \[1.0, 1.0\]"),

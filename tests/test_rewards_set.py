@@ -4,7 +4,6 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 from chopgrad_rewards.aesthetic import Aesthetic
 from chopgrad_rewards.clip_score import ClipScore
 from chopgrad_rewards.colorfulness import Colorfulness
@@ -12,40 +11,22 @@ from chopgrad_rewards.hps_v2 import HPSv2
 from chopgrad_rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from tiny_rewards import PROMPTS, laion_head, make_checkpoints
+from reward_checks import (
+    check_every_prompt_scores_its_own_video,
+    check_frozen_and_castable,
+    check_gradient_equals_finite_differences,
+    check_gradient_reaches_every_frame,
+    check_texts_are_encoded_once,
+)
+from tiny_rewards import PROMPTS, assert_equal_within_rounding, laion_head, make_checkpoints, pil, video_of
 from torchvision.transforms.functional import to_tensor
 
 from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import check_reward, load_reward
-
-
-def video_of(height, width, batch=3, frames=2):
-    """8-bit values, as images have them: smooth colours, hard edges and noise."""
-    generator = torch.Generator().manual_seed(height * width)
-    coarse = torch.rand(batch * frames, 3, 4, 5, generator=generator)
-    smooth = F.interpolate(coarse, size=(height, width), mode="bicubic")
-    blocks = F.interpolate(coarse.flip(0).round(), size=(height, width))
-    noise = 0.2 * torch.rand(smooth.shape, generator=generator)
-    frames_ = (torch.where(blocks[:, :1] > 0.5, smooth, blocks) * 0.8 + noise).clamp(0, 1)
-    return ((frames_ * 255).round() / 255).view(batch, frames, 3, height, width)
-
-
-def pil(frame):
-    return Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy())
-
+from chopgrad_align.reward import load_reward
 
 # --- preprocessing ----------------------------------------------------------------------------------------------------
 
 SIZES = [(64, 64), (96, 160), (160, 96), (45, 81), (480, 832), (20, 30), (32, 20)]
-
-
-def assert_equal_within_rounding(preprocess, frames, official):
-    """PIL rounds to 8 bits after each of its two passes: together at most about one level."""
-    std = torch.tensor(preprocess.std).view(3, 1, 1)
-    levels = ((preprocess(frames) - official) * std * 255).abs()
-    assert levels.mean() < 0.4
-    assert (levels > 1).float().mean() < 0.005
-    assert levels.max() < 1.5
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -185,49 +166,22 @@ def test_score_is_the_official_one(rewards, checkpoints, name, size):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_prompt_scores_its_own_video(rewards, name):
-    video, reward = video_of(40, 56), rewards[name](frames_per_chunk=4)
-    together = reward(video, PROMPTS)
-    alone = [rewards[name]()(video[b : b + 1], [prompt])[0] for b, prompt in enumerate(PROMPTS)]
-    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
-    shuffled = reward(video, PROMPTS[::-1])
-    reads_prompts = name in ("clip_score", "hps_v2")
-    assert torch.allclose(together, shuffled, rtol=0, atol=1e-6) != reads_prompts
+    check_every_prompt_scores_its_own_video(rewards[name], name in ("clip_score", "hps_v2"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_every_frame(rewards, name):
-    video = video_of(40, 56, frames=3).requires_grad_()
-    reward = rewards[name](frames_per_chunk=2)
-    (gradient,) = torch.autograd.grad(reward(video, PROMPTS).sum(), video)
-    assert gradient.isfinite().all()
-    assert (gradient.abs().amax((2, 3, 4)) > 0).all()
-    # A step along the gradient raises every score.
-    step = 1e-3 * gradient / gradient.abs().amax((1, 2, 3, 4), keepdim=True)
-    assert (reward(video + step, PROMPTS) > reward(video, PROMPTS)).all()
-    check_reward(reward, name, prompts=PROMPTS[:2])
+    check_gradient_reaches_every_frame(rewards[name], name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_equals_finite_differences(rewards, name):
-    reward = rewards[name]().double()
-    video = video_of(24, 40, batch=2, frames=1).double().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(video, PROMPTS[:2]).sum(), video)
-    direction = torch.randn(video.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    # Inside [0, 1] and away from the kinks of the clamp that follows the resize.
-    with torch.no_grad():
-        above, below = (reward(video + sign * 1e-7 * direction, PROMPTS[:2]).sum() for sign in (1, -1))
-    torch.testing.assert_close((gradient * direction).sum(), (above - below) / 2e-7, rtol=1e-4, atol=1e-6)
+    check_gradient_equals_finite_differences(rewards[name])
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_frozen_and_castable(rewards, name):
-    reward = rewards[name]()
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
-    assert not any(module.training for module in reward.modules())
-    video = video_of(32, 32)
-    scores, half = reward(video, PROMPTS), reward.to(torch.bfloat16)(video.bfloat16(), PROMPTS)
-    assert scores.dtype == half.dtype == torch.float32
-    torch.testing.assert_close(half, scores, rtol=0.05, atol=0.05)
+    check_frozen_and_castable(rewards[name](), size=(32, 32), tolerance=0.05)
 
 
 def test_colorfulness_of_grey_is_zero_with_a_finite_gradient():
@@ -251,12 +205,7 @@ def test_texts_encoded_in_inference_mode_serve_training(rewards):
 
 def test_texts_are_encoded_once(rewards):
     reward = rewards["clip_score"](frames_per_chunk=2)
-    encoded = []
-    reward.similarity.model.transformer.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
-    video = video_of(32, 32).requires_grad_()
-    reward(video, PROMPTS).sum().backward()
-    reward(video, [*PROMPTS[1:], "new"])
-    assert sum(encoded) == 4
+    check_texts_are_encoded_once(reward, reward.similarity.model.token_embedding)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -4,12 +4,41 @@ import json
 
 import open_clip
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from chopgrad_align.data.tokenizer import text_tokenizer
+
 PROMPTS = ["a red circle on the grass", "the blue square", "green"]
+WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 ARCHITECTURE = "tiny-chopgrad-test"
+
+
+def video_of(height, width, batch=3, frames=2):
+    """8-bit values, as images have them: smooth colours, hard edges and noise."""
+    generator = torch.Generator().manual_seed(height * width)
+    coarse = torch.rand(batch * frames, 3, 4, 5, generator=generator)
+    smooth = F.interpolate(coarse, size=(height, width), mode="bicubic")
+    blocks = F.interpolate(coarse.flip(0).round(), size=(height, width))
+    noise = 0.2 * torch.rand(smooth.shape, generator=generator)
+    frames_ = (torch.where(blocks[:, :1] > 0.5, smooth, blocks) * 0.8 + noise).clamp(0, 1)
+    return ((frames_ * 255).round() / 255).view(batch, frames, 3, height, width)
+
+
+def pil(frame):
+    return Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def assert_equal_within_rounding(preprocess, frames, official):
+    """PIL rounds to 8 bits after each of its two passes: together at most about one level."""
+    std = torch.tensor(preprocess.std).view(3, 1, 1)
+    levels = ((preprocess(frames) - official) * std * 255).abs()
+    assert levels.mean() < 0.4
+    assert (levels > 1.001).float().mean() < 0.005
+    assert levels.max() < 1.5
 
 
 def reinitialise(module):
@@ -28,20 +57,9 @@ def make_checkpoints(folder):
     torch.manual_seed(0)
 
     # open_clip's own folder format, with a word tokenizer of its own in the folder, weights in half precision
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words, "[EOS]"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A [EOS]", special_tokens=[("[EOS]", vocabulary["[EOS]"])]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "clip")
-    text = {"context_length": 12, "vocab_size": len(vocabulary), "width": 32, "heads": 2, "layers": 2}
+    tokenizer = text_tokenizer(PROMPTS)
+    tokenizer.save_pretrained(folder / "clip")
+    text = {"context_length": 12, "vocab_size": len(tokenizer), "width": 32, "heads": 2, "layers": 2}
     config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": {**text, "hf_tokenizer_name": "own"}}
     preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "resize_mode": "squash"}
     both = {"model_cfg": config, "preprocess_cfg": {**preprocess, "interpolation": "bilinear"}}

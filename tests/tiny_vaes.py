@@ -1,16 +1,21 @@
 """Random decoders of the real classes, a few thousand weights each."""
 
+import diffusers
 import torch
+
+
+def _frozen(cls, **config):
+    """With the same random weights each time."""
+    torch.manual_seed(0)
+    return cls(**config).requires_grad_(False).eval()
 
 
 def wan_vae(residual: bool = False, spatial_levels: int = 2, z_dim: int = 4):
     """Wan 2.1's decoder, or with `residual` Wan 2.2's: average-and-duplicate shortcuts and a patchified output."""
-    from diffusers import AutoencoderKLWan
-
-    torch.manual_seed(0)
     patch = 2 if residual else None
     channels = 12 if residual else 3
-    vae = AutoencoderKLWan(
+    return _frozen(
+        diffusers.AutoencoderKLWan,
         base_dim=4,
         z_dim=z_dim,
         dim_mult=[1, 2, 2, 2][: spatial_levels + 1],
@@ -25,15 +30,12 @@ def wan_vae(residual: bool = False, spatial_levels: int = 2, z_dim: int = 4):
         scale_factor_spatial=2**spatial_levels * (patch or 1),
         scale_factor_temporal=4,
     )
-    return vae.requires_grad_(False).eval()
 
 
 def image_vae():
     """Stable Diffusion's frame-wise decoder."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return _frozen(
+        diffusers.AutoencoderKL,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
@@ -41,14 +43,11 @@ def image_vae():
         norm_num_groups=4,
         sample_size=16,
     )
-    return vae.requires_grad_(False).eval()
 
 
 def cogvideox_vae():
-    from diffusers import AutoencoderKLCogVideoX
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLCogVideoX(
+    return _frozen(
+        diffusers.AutoencoderKLCogVideoX,
         down_block_types=("CogVideoXDownBlock3D",) * 3,
         up_block_types=("CogVideoXUpBlock3D",) * 3,
         block_out_channels=(4, 8, 8),
@@ -57,26 +56,23 @@ def cogvideox_vae():
         norm_num_groups=2,
         temporal_compression_ratio=4,
     )
-    return vae.requires_grad_(False).eval()
 
 
 def temporal_vae():
     """Stable Video Diffusion's decoder: frame-wise encoder, decoder with temporal layers over the whole chunk."""
-    from diffusers import AutoencoderKLTemporalDecoder
-
-    torch.manual_seed(0)
     # The decoder's group norms are over 32 channels, which is therefore the least width.
-    vae = AutoencoderKLTemporalDecoder(
-        down_block_types=("DownEncoderBlock2D",) * 2, block_out_channels=(32, 32), latent_channels=4, layers_per_block=1
+    return _frozen(
+        diffusers.AutoencoderKLTemporalDecoder,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        block_out_channels=(32, 32),
+        latent_channels=4,
+        layers_per_block=1,
     )
-    return vae.requires_grad_(False).eval()
 
 
 def qwen_image_vae():
-    from diffusers import AutoencoderKLQwenImage
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLQwenImage(
+    return _frozen(
+        diffusers.AutoencoderKLQwenImage,
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 2, 2],
@@ -85,16 +81,14 @@ def qwen_image_vae():
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    return vae.requires_grad_(False).eval()
 
 
 def mochi_vae(framewise: bool = False):
     """Group norms are over 32 groups, which is therefore the least width."""
-    from diffusers import AutoencoderKLMochi
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 
-    torch.manual_seed(0)
-    vae = AutoencoderKLMochi(
+    vae = _frozen(
+        diffusers.AutoencoderKLMochi,
         in_channels=15,
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(32, 32, 32),
@@ -109,14 +103,12 @@ def mochi_vae(framewise: bool = False):
         for module in vae.modules():  # which leaves convolutions without a padding in space
             if isinstance(module, CogVideoXCausalConv3d):
                 module.conv.padding = module.const_padding_conv3d
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
 def hunyuan_video_vae():
-    from diffusers import AutoencoderKLHunyuanVideo
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo(
+    vae = _frozen(
+        diffusers.AutoencoderKLHunyuanVideo,
         latent_channels=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 3,
         up_block_types=("HunyuanVideoUpBlock3D",) * 3,
@@ -126,30 +118,25 @@ def hunyuan_video_vae():
         spatial_compression_ratio=2,
     )
     vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 12, 8
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
 def hunyuan_video15_vae():
-    from diffusers import AutoencoderKLHunyuanVideo15
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo15(
+    return _frozen(
+        diffusers.AutoencoderKLHunyuanVideo15,
         latent_channels=4,
         block_out_channels=(8, 8, 8),
         layers_per_block=1,
         spatial_compression_ratio=4,
         temporal_compression_ratio=4,
     )
-    return vae.requires_grad_(False).eval()
 
 
 def ltx_vae(conditioned: bool = False):
     """LTX's decoder, or with `conditioned` the later one, which injects noise and takes a timestep."""
-    from diffusers import AutoencoderKLLTXVideo
-
-    torch.manual_seed(0)
     factor = 2 if conditioned else 1
-    vae = AutoencoderKLLTXVideo(
+    vae = _frozen(
+        diffusers.AutoencoderKLLTXVideo,
         latent_channels=8,
         block_out_channels=(8, 8),
         down_block_types=("LTXVideoDownBlock3D",) * 2,
@@ -167,14 +154,12 @@ def ltx_vae(conditioned: bool = False):
     )
     _unequal_noise(vae)
     vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 12, 8
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
 def ltx2_vae(conditioned: bool = False):
-    from diffusers import AutoencoderKLLTX2Video
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLLTX2Video(
+    vae = _frozen(
+        diffusers.AutoencoderKLLTX2Video,
         latent_channels=8,
         block_out_channels=(8, 8),
         down_block_types=("LTX2VideoDownBlock3D",) * 2,
@@ -195,7 +180,7 @@ def ltx2_vae(conditioned: bool = False):
     )
     _unequal_noise(vae)
     vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 12, 8
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
 def _unequal_noise(vae) -> None:
@@ -206,10 +191,8 @@ def _unequal_noise(vae) -> None:
 
 
 def cosmos_vae():
-    from diffusers import AutoencoderKLCosmos
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLCosmos(
+    return _frozen(
+        diffusers.AutoencoderKLCosmos,
         latent_channels=4,
         encoder_block_out_channels=(4, 4, 4, 4),
         decode_block_out_channels=(4, 8, 8, 8),
@@ -220,15 +203,12 @@ def cosmos_vae():
         spatial_compression_ratio=4,
         temporal_compression_ratio=4,
     )
-    return vae.requires_grad_(False).eval()
 
 
 def allegro_vae():
     """Tiles of 4 frames, 8 x 8 latents."""
-    from diffusers import AutoencoderKLAllegro
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLAllegro(
+    vae = _frozen(
+        diffusers.AutoencoderKLAllegro,
         down_block_types=("AllegroDownBlock3D",) * 3,
         up_block_types=("AllegroUpBlock3D",) * 3,
         block_out_channels=(4, 8, 8),
@@ -241,14 +221,12 @@ def allegro_vae():
     )
     vae.kernel, vae.stride = (8, 16, 16), (4, 8, 12)
     vae.enable_tiling()
-    return vae.requires_grad_(False).eval()
+    return vae
 
 
 def magvit_vae(spatial_group_norm: bool = True):
-    from diffusers import AutoencoderKLMagvit
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLMagvit(
+    return _frozen(
+        diffusers.AutoencoderKLMagvit,
         latent_channels=4,
         block_out_channels=(4, 8, 8),
         down_block_types=("SpatialDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D"),
@@ -257,13 +235,8 @@ def magvit_vae(spatial_group_norm: bool = True):
         norm_num_groups=2,
         spatial_group_norm=spatial_group_norm,
     )
-    return vae.requires_grad_(False).eval()
 
 
 def kvae_video_vae():
     """Group norms are over 32 groups, which is therefore the least width."""
-    from diffusers import AutoencoderKLKVAEVideo
-
-    torch.manual_seed(0)
-    vae = AutoencoderKLKVAEVideo(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4)
-    return vae.requires_grad_(False).eval()
+    return _frozen(diffusers.AutoencoderKLKVAEVideo, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4)

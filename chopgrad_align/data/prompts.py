@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
@@ -14,10 +15,17 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class Condition:
-    """The inputs of one video: a prompt, a first image, or both. Never neither."""
+    """The inputs of one video: a prompt, a first image, or both, never neither; and how much its rewards count."""
 
     prompt: str = ""
     image: Path | None = None
+    weight: float = 1.0
+    """Of all rewards."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of single rewards, beside it, by the names that the config gives them; of the others 1."""
+
+    def weight_of(self, reward: str) -> float:
+        return self.weight * self.weights.get(reward, 1.0)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -39,12 +47,25 @@ def read_conditions(path: str | Path) -> list[Condition]:
         path: One of, in UTF-8:
             `.txt`: a prompt a line; blank lines and lines that begin with `#` are skipped.
             `.csv` with a header, or `.jsonl`: columns (keys) `prompt` and `image`, or one of them; others are ignored.
-            An image is a path, relative to the file; it must exist.
+            An image is a path, relative to the file; it must exist. A column `weight` says how much the rewards of
+            that row count (1 where it is empty), and `weight.NAME` how much the reward called NAME does.
 
     Raises:
-        UsageError: no such file, another format, no rows, or a row with nothing in it.
+        UsageError: no such file, another format, no rows, a row with nothing in it, or a weight that is no number.
     """
     path = Path(path)
+    conditions = [_condition(path, line, row) for line, row in read_rows(path)]
+    if not conditions:
+        raise UsageError(f"the prompt file {path} is empty; write at least one prompt into it")
+    return conditions
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Line numbers, from 1, and rows of a `.txt` (each a `prompt`), `.csv` or `.jsonl` file.
+
+    Raises:
+        UsageError: no such file, another format, or lines that are not of it.
+    """
     readers = {".txt": _text_rows, ".csv": _csv_rows, ".jsonl": _json_rows}
     if path.suffix not in readers:
         raise UsageError(f"expected a prompt file that ends in {', '.join(readers)}, got {path}")
@@ -54,10 +75,7 @@ def read_conditions(path: str | Path) -> list[Condition]:
         raise UsageError(f"the prompt file {path} is not UTF-8; save it in that encoding") from None
     except OSError as error:
         raise UsageError(f"cannot read the prompt file {path}: {error.strerror}; check the path") from error
-    conditions = [_condition(path, line, row) for line, row in readers[path.suffix](path, text)]
-    if not conditions:
-        raise UsageError(f"the prompt file {path} is empty; write at least one prompt into it")
-    return conditions
+    return readers[path.suffix](path, text)
 
 
 def _condition(path: Path, line: int, row: dict) -> Condition:
@@ -71,10 +89,27 @@ def _condition(path: Path, line: int, row: dict) -> Condition:
         raise UsageError(f"{path}, line {line}: expected a `prompt` or an `image`, found neither (columns: {columns})")
     if image and not (path.parent / image).is_file():
         raise UsageError(f"{path}, line {line}: no image {path.parent / image}; paths are relative to the file")
-    return Condition(prompt, path.parent / image if image else None)
+    weights = {
+        key.removeprefix("weight").removeprefix("."): _weight(path, line, key, value)
+        for key, value in row.items()
+        if key == "weight" or key.startswith("weight.")
+    }
+    return Condition(prompt, path.parent / image if image else None, weights.pop("", 1.0), weights)
 
 
-# Each yields line numbers, from 1, and rows.
+def _weight(path: Path, line: int, key: str, value: object) -> float:
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UsageError(f"{path}, line {line}: expected a finite number as `{key}`, got {value!r}")
+    return weight
+
+
+# The formats.
 
 
 def _text_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:

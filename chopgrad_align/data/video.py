@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +13,9 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from torch import Tensor
 
 from ..errors import UsageError
+from ..files import whole_file
+from .source import BadFile
+from .video_file import all_frames
 
 _BT709 = 1  # ITU-T H.273: the number of BT.709 as primaries, as transfer function and as matrix
 _STUDIO_RANGE = 1  # libavutil's AVCOL_RANGE_MPEG
@@ -49,17 +51,12 @@ def write_video(path: str | Path, video: Tensor, fps: float) -> Path:
     height, width = video.shape[2:]
     video = F.pad(video, (0, width % 2, 0, height % 2), mode="replicate")
     pixels = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(path) as partial:
             _encode(partial, pixels, fps)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, av.error.FFmpegError) as error:
+    except av.error.FFmpegError as error:  # the codec's: the disk's are OSErrors too
         raise UsageError(
-            f"cannot write the video {path}: {error.strerror or error}; choose a folder that can be written to"
+            f"cannot encode the video {path}, {height}x{width} at {fps:g} frames a second: {error.strerror}"
         ) from error
     return path
 
@@ -86,7 +83,7 @@ def _encode(path: Path, pixels: np.ndarray, fps: float) -> None:
 
 
 def read_video(path: str | Path) -> tuple[Tensor, float]:
-    """Read every frame of a video file, as stored (a phone's rotation flag is not applied).
+    """Read every frame of a video file, upright and converted as `video_file` says.
 
     Returns:
         float32 video `(F, 3, H, W)` in [0, 1], and its average frames a second.
@@ -95,14 +92,7 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
         UsageError: no such file, or no video in it.
     """
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UsageError(f"{path} holds no video; give an mp4, webm or mov file")
-            stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            rate = stream.average_rate
-    except (OSError, av.error.FFmpegError) as error:
-        raise UsageError(f"cannot read the video {path}: {error.strerror}; give an mp4, webm or mov file") from error
-    if not frames or not rate:
-        raise UsageError(f"{path} holds no frames; give an mp4, webm or mov file")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() / 255, float(rate)
+        frames, fps = all_frames(Path(path), str(path))
+    except BadFile as bad:
+        raise UsageError(f"cannot read the video {bad}; give an mp4, webm or mov file") from None
+    return torch.stack(frames), fps

@@ -19,6 +19,25 @@ Block = Callable[[Hidden, Cache], tuple[Hidden, Cache]]
 """A piece of one decoder call. It must not write into what it is given, nor keep anything: it may be run again."""
 
 
+@dataclass(frozen=True)
+class Local:
+    """A block that is local in space, so that the engine may run it on a few rows at a time.
+
+    Each row of its output needs the rows of its input and caches from `halo` above to `halo` below it only; all its
+    caches have as many rows as its input. It maps the hidden state and passes shortcuts on.
+    """
+
+    run: Callable[[Tensor, Cache], tuple[Tensor, Cache]]
+    halo: int
+    """Rows of the input beyond those that an output row lies on: one for each 3x3 convolution."""
+    scale: int = 1
+    """Rows of output for each row of input."""
+
+    def __call__(self, hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:
+        output, cache = self.run(hidden[0], cache)
+        return (output, *hidden[1:]), cache
+
+
 Clamp = Callable[[Tensor], Tensor]
 """Limits pixels to [-1, 1], with the gradient that the policy asks for."""
 

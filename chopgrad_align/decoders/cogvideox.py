@@ -9,17 +9,13 @@ from torch import Tensor
 
 from . import expect_latents
 from .base import Block, Cache, Clamp, Decoder, Group, Hidden, Tiled, stateless
-from .tiles import SpatialTiles, larger, overlapping_cut
+from .tiles import in_overlapping_tiles
 
 
 def cogvideox(vae: Any, latents: Tensor) -> Decoder | Tiled:
     expect_latents(vae, latents, "BCFHW")
-    cuts = (
-        overlapping_cut(vae.tile_latent_min_height, vae.tile_sample_min_height, vae.tile_overlap_factor_height),
-        overlapping_cut(vae.tile_latent_min_width, vae.tile_sample_min_width, vae.tile_overlap_factor_width),
-    )
-    decoder = CogVideoXDecoder(vae)
-    return SpatialTiles(decoder, cuts) if vae.use_tiling and larger(latents, cuts) else decoder
+    overlap = vae.tile_overlap_factor_height, vae.tile_overlap_factor_width
+    return in_overlapping_tiles(CogVideoXDecoder(vae), latents, overlap)
 
 
 class CogVideoXDecoder(Decoder):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import expect_latents
 from .base import Block, Decoder, Tiled, WholeDecoder, stateless
-from .tiles import SpatialTiles, TemporalTiles, larger, overlapping_cut, strided_cuts, strided_time_cut
+from .tiles import SpatialTiles, TemporalTiles, in_overlapping_tiles, larger, strided_cuts, strided_time_cut
 
 
 def hunyuan_video(vae: Any, latents: Tensor) -> Decoder | Tiled:
@@ -30,12 +30,7 @@ def hunyuan_video(vae: Any, latents: Tensor) -> Decoder | Tiled:
 
 def hunyuan_video15(vae: Any, latents: Tensor) -> Decoder | Tiled:
     expect_latents(vae, latents, "BCFHW")
-    cuts = (
-        overlapping_cut(vae.tile_latent_min_height, vae.tile_sample_min_height, vae.tile_overlap_factor),
-        overlapping_cut(vae.tile_latent_min_width, vae.tile_sample_min_width, vae.tile_overlap_factor),
-    )
-    decoder = HunyuanVideo15Decoder(vae)
-    return SpatialTiles(decoder, cuts) if vae.use_tiling and larger(latents, cuts) else decoder
+    return in_overlapping_tiles(HunyuanVideo15Decoder(vae), latents, (vae.tile_overlap_factor, vae.tile_overlap_factor))
 
 
 class HunyuanVideoDecoder(WholeDecoder):
@@ -44,9 +39,8 @@ class HunyuanVideoDecoder(WholeDecoder):
         self.sliced = vae.use_slicing
 
     def count_frames(self, latent_frames: int) -> int:
-        for up_block in self.vae.decoder.up_blocks:
-            for upsampler in up_block.upsamplers or ():
-                latent_frames = 1 + (latent_frames - 1) * upsampler.upsample_factor[0]
+        for upsampler in _upsamplers(self.vae):
+            latent_frames = 1 + (latent_frames - 1) * upsampler.upsample_factor[0]
         return latent_frames
 
     def blocks(self, index: int) -> Sequence[Block]:
@@ -76,9 +70,8 @@ class HunyuanVideo15Decoder(WholeDecoder):
         self.sliced = vae.use_slicing
 
     def count_frames(self, latent_frames: int) -> int:
-        for up_block in self.vae.decoder.up_blocks:
-            for upsampler in up_block.upsamplers or ():
-                latent_frames = 2 * latent_frames - 1 if upsampler.add_temporal_upsample else latent_frames
+        for upsampler in _upsamplers(self.vae):
+            latent_frames = 2 * latent_frames - 1 if upsampler.add_temporal_upsample else latent_frames
         return latent_frames
 
     def blocks(self, index: int) -> Sequence[Block]:
@@ -92,6 +85,10 @@ class HunyuanVideo15Decoder(WholeDecoder):
 
         attentions = [None if layer is None else stateless(layer) for layer in decoder.mid_block.attentions]
         return [stateless(enter), *_middle(decoder.mid_block, attentions), *_upwards(decoder), stateless(leave)]
+
+
+def _upsamplers(vae: Any) -> list[Any]:
+    return [upsampler for up_block in vae.decoder.up_blocks for upsampler in up_block.upsamplers or ()]
 
 
 def _middle(mid_block: Any, attentions: list[Block | None]) -> list[Block]:

@@ -162,3 +162,16 @@ def overlapping_cut(latent_size: int, pixel_size: int, overlap: float) -> Cut:
     """Tiles that overlap by a fraction of their size."""
     blend = int(pixel_size * overlap)
     return Cut(latent_size, int(latent_size * (1 - overlap)), blend, pixel_size - blend)
+
+
+def in_overlapping_tiles(decoder: Decoder, latents: Tensor, overlap: tuple[float, float]) -> Decoder | SpatialTiles:
+    """The decoder, in tiles that overlap by a fraction of their height and of their width if its model would use them.
+
+    For a VAE that has the size of a tile in latents and in pixels (`tile_latent_min_height`, `tile_sample_min_height`).
+    """
+    vae = decoder.vae
+    cuts = (
+        overlapping_cut(vae.tile_latent_min_height, vae.tile_sample_min_height, overlap[0]),
+        overlapping_cut(vae.tile_latent_min_width, vae.tile_sample_min_width, overlap[1]),
+    )
+    return SpatialTiles(decoder, cuts) if vae.use_tiling and larger(latents, cuts) else decoder

@@ -13,8 +13,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
+from ..lean import framewise
 from . import expect_latents
-from .base import Block, Cache, Clamp, Decoder, Group, Hidden, Tiled, stateless
+from .base import Block, Cache, Clamp, Decoder, Group, Hidden, Local, Tiled, stateless
 from .tiles import SpatialTiles, larger, strided_cuts
 
 Finish = Callable[[Tensor, Clamp], Tensor]
@@ -66,18 +67,18 @@ class WanDecoder(Decoder):
         decoder = self.vae.decoder
         # Of a tile the model passes frame after frame through it; the bits of a convolution depend on its extent.
         blocks = [stateless(self.vae.post_quant_conv)] if self._finish is None else []
-        blocks += [_conv(decoder.conv_in), _cached(decoder.mid_block.resnets[0])]
+        blocks += [_convolution(decoder.conv_in), _resnet(decoder.mid_block.resnets[0])]
         for attention, resnet in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
-            blocks += [stateless(attention), _cached(resnet)]
+            blocks += [stateless(attention), _resnet(resnet)]
         for up_block in decoder.up_blocks:
             blocks += self._up_block(up_block, first=index == 0)
-        return [*blocks, _conv(decoder.conv_out, lambda x: decoder.nonlinearity(decoder.norm_out(x)))]
+        return [*blocks, _convolution(decoder.conv_out, decoder.norm_out, decoder.nonlinearity)]
 
     def _up_block(self, up_block: Any, first: bool) -> list[Block]:
-        resnets = [_cached(resnet) for resnet in up_block.resnets]
+        resnets = [_resnet(resnet) for resnet in up_block.resnets]
         if not hasattr(up_block, "avg_shortcut"):  # Wan 2.1
-            return resnets + [_cached(upsampler) for upsampler in up_block.upsamplers or ()]
-        upsampler = [] if up_block.upsampler is None else [_cached(up_block.upsampler)]
+            return resnets + [_upsampler(upsampler) for upsampler in up_block.upsamplers or ()]
+        upsampler = [] if up_block.upsampler is None else [_upsampler(up_block.upsampler)]
         if up_block.avg_shortcut is None:
             return resnets + upsampler
 
@@ -91,28 +92,40 @@ class WanDecoder(Decoder):
         return output if self._finish is None else self._finish(output, clamp)
 
 
-def _cached(layer: nn.Module) -> Block:
-    """A residual or resampling layer, with as many cache entries as it makes."""
-
-    def block(hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:
-        # Layers index the list by a running counter and replace entries in it; two is the most that any layer has.
-        entries: list[Tensor | str | None] = [None, None] if cache is None else list(cache)
-        return (layer(hidden[0], feat_cache=entries, feat_idx=[0]), *hidden[1:]), tuple(entries)
-
-    return block
+def _convolution(convolution: nn.Module, *before: nn.Module) -> Block:
+    """The first or the last convolution, with what is applied to each frame before it."""
+    return Local(lambda x, cache: _causal(convolution, framewise(before, x), cache), halo=1)
 
 
-def _conv(convolution: nn.Module, before: Callable[[Tensor], Tensor] = lambda x: x) -> Block:
-    """The first or the last convolution; its cache is the last two frames of its input."""
+def _resnet(resnet: Any) -> Block:
+    def run(x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        first, second = cache or (None, None)
+        shortcut = resnet.conv_shortcut(x)
+        x, first = _causal(resnet.conv1, framewise((resnet.norm1, resnet.nonlinearity), x), first)
+        x = resnet.dropout(framewise((resnet.norm2, resnet.nonlinearity), x))
+        x, second = _causal(resnet.conv2, x, second)
+        return x + shortcut, (first, second)
 
-    def block(hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:
-        x = before(hidden[0])
-        recent = x[:, :, -2:].clone()
-        if recent.shape[2] < 2 and cache is not None:
-            recent = torch.cat([cache[:, :, -1:], recent], 2)
-        return (convolution(x, cache), *hidden[1:]), recent
+    block = Local(run, halo=2)
+    # With dropout it is no longer local: a few rows draw other random numbers than all of them.
+    return block.__call__ if resnet.training and resnet.dropout.p else block
 
-    return block
+
+def _upsampler(upsampler: nn.Module) -> Block:
+    def run(x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        # The layer indexes the list by a running counter and replaces entries in it.
+        entries: list[Tensor | str | None] = [cache]
+        return upsampler(x, feat_cache=entries, feat_idx=[0]), entries[0]
+
+    return Local(run, halo=1, scale=2)
+
+
+def _causal(convolution: nn.Module, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A causal convolution; its cache is the last two frames of its input."""
+    recent = x[:, :, -2:].clone()
+    if recent.shape[2] < 2 and cache is not None:
+        recent = torch.cat([cache[:, :, -1:], recent], 2)
+    return convolution(x, cache), recent
 
 
 def _branch(hidden: Hidden, cache: Cache) -> tuple[Hidden, Cache]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ..errors import UsageError
+from ..files import whole_file
 
 # The first colours are Okabe and Ito's, which the colour-blind tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -117,14 +117,8 @@ def draw_curves(run: str | Path) -> Path:
         axes.set_xlabel("step", fontsize=9, color="#444444")
 
     path = Path(run) / "curves.png"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=130)
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; free some space or change the rights") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import av
 import jinja2
 
 from ..errors import UsageError
+from ..files import whole_file
 from .curves import read_metrics
 from .heldout import Paired, paired
 
@@ -66,14 +66,8 @@ def write_report(run: str | Path) -> Path:
         versions=_read_json(run / "environment.json", dict) or {},
     )
     path = run / "report.html"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_text(html, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; free some space or change the rights") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

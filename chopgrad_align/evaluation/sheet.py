@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.video import read_video
 from ..errors import UsageError
+from ..files import whole_file
 
 _INK, _PAPER, _GAP = "#222222", "#ffffff", 6
 
@@ -64,7 +65,9 @@ def draw_samples(run: str | Path, most: int = 6) -> Path | None:
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     videos = {side: [read_video(folder / side / name)[0] for name in names] for side in ("before", "after")}
     path = Path(run) / "samples.png"
-    contact_sheet(videos, [prompts[int(Path(name).stem)] for name in names]).save(path)
+    sheet = contact_sheet(videos, [prompts[int(Path(name).stem)] for name in names])
+    with whole_file(path) as partial:
+        sheet.save(partial, format="png")
     return path
 
 

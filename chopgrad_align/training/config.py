@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from ..backprop import Backprop, Exact, Full, Truncated
@@ -23,6 +23,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
@@ -62,12 +63,13 @@ class Lora:
     targets: list[str] | str = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Names of the denoiser's linear layers, or one regular expression."""
     dropout: Fraction = 0.0
+    """Of the LoRA's input. Above 0, results depend on the number of processes and on `train.micro_batch`."""
 
 
 @_strict
 class Data:
     train: str
-    """Prompt file (.txt, .csv, .jsonl) to sample from."""
+    """Prompt file (.txt, .csv, .jsonl) to sample from; see `read_conditions` for images and weights."""
     held_out: str
     """Prompt file to measure with."""
 
@@ -76,8 +78,23 @@ class Data:
 class Reward:
     name: str
     """A published name, package.module:Class, or path/to/file.py:Class."""
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    weight: Finite = 1.0
+    """Negative: the score should fall."""
+    cap: Finite | None = None
+    """A score beyond it (below it, if the weight is negative) counts as it."""
+    target: Finite | None = None
+    """The score should come close to it: it counts as minus the distance."""
+    normalize: bool = False
+    """Divide by the running standard deviation of the scores."""
     args: dict[str, Any] = field(default_factory=dict)
+    """Of its class. Those that score single frames take `frames`: a number of evenly spaced ones, all, first, last,
+    first+last, {random: 4} or {stride: 4}."""
+
+    @model_validator(mode="after")
+    def _cap_or_target(self) -> Reward:
+        if self.cap is not None and self.target is not None:
+            raise ValueError("give a cap or a target, not both")
+        return self
 
 
 @_strict
@@ -90,16 +107,16 @@ class Gradient:
     cache: Literal["device", "host", "recompute"] = "device"
     checkpoint: bool = True
     """Recompute blocks inside a frame group."""
+    rows: Positive | None = None
+    """With checkpoint: rows of a block's output that have a graph at a time; fewer take less memory."""
     saturated: Literal["zero", "pass"] = "zero"
     """Gradient of pixels clamped to [-1, 1]."""
 
     def policy(self) -> Backprop:
-        match self.decoder:
-            case "full":
-                return Full(saturated=self.saturated)
-            case "truncated":
-                return Truncated(self.distance, cache=self.cache, checkpoint=self.checkpoint, saturated=self.saturated)
-        return Exact(cache=self.cache, checkpoint=self.checkpoint, saturated=self.saturated)
+        if self.decoder == "full":
+            return Full(saturated=self.saturated)
+        options: dict[str, Any] = {key: getattr(self, key) for key in ("cache", "checkpoint", "rows", "saturated")}
+        return Truncated(self.distance, **options) if self.decoder == "truncated" else Exact(**options)
 
 
 @_strict
@@ -215,6 +232,8 @@ def _sentence(error: Any) -> str:
             expected = f"a section with the keys {', '.join(_known_keys(location))}"
         case "list_type" if error["loc"][-1] == "list[str]":
             expected = "a list of strings, or one string"
+        case "value_error":
+            return f"{key}: {error['ctx']['error']}"
         case _:
             expected = error["msg"].removeprefix("Input should be ")
     return f"{key}: expected {expected}, got {error['input']!r}"

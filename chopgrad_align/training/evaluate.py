@@ -21,7 +21,7 @@ _SEED_BASE = 1_000_000_000  # far from the seeds of training
 
 @dataclass(frozen=True)
 class Scores:
-    """The objective of each pair, and of each term, in the order of the pairs."""
+    """The objective of each pair, and the scores of each reward, in the order of the pairs."""
 
     total: list[float]
     terms: dict[str, list[float]]
@@ -65,8 +65,8 @@ def evaluate(
     batch: int,
     share: tuple[int, int] = (0, 1),
     videos: tuple[Path, int, float] | None = None,
-) -> Scores:
-    """Score this process's share of the pairs.
+) -> dict[str, list[float]]:
+    """Score this process's share of the pairs by each reward; random frames are those of the pair's seed.
 
     Args:
         share: This process's rank and the number of processes.
@@ -74,18 +74,20 @@ def evaluate(
     """
     rank, world = share
     start, stop = (len(pairs) * k // world for k in (rank, rank + 1))
-    total: list[float] = []
-    terms: dict[str, list[float]] = {name: [] for name in objective.terms}
+    scores: dict[str, list[float]] = {name: [] for name in objective.terms}
     with tqdm(total=stop - start, desc="held-out", leave=False, disable=rank != 0) as bar:
         for first in range(start, stop, batch):
             conditions, seeds = zip(*pairs[first : min(first + batch, stop)], strict=True)
             video: Tensor = pipe(**pipeline_inputs(pipe, conditions, seeds), **call, output_type="pt").frames
-            scores, by_term = objective(video, [condition.prompt for condition in conditions])
-            total += scores.tolist()
-            for name, values in by_term.items():
-                terms[name] += values.tolist()
+            for name, values in objective.scores(video, [c.prompt for c in conditions], seeds).items():
+                scores[name] += values.tolist()
             for i, clip in enumerate(video):
                 if videos is not None and first + i < videos[1]:
                     write_video(videos[0] / f"{first + i:03d}.mp4", clip.float().cpu().clamp(0, 1), videos[2])
             bar.update(len(conditions))
-    return Scores(total, terms)
+    return scores
+
+
+def term_weights(objective: Objective, conditions: Sequence[Condition]) -> dict[str, list[float]]:
+    """How much each term counts in each video."""
+    return {name: [condition.weight_of(name) for condition in conditions] for name in objective.terms}

@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import UsageError
+from ..files import whole_file
 
 _OTHER_BYTES = 100 * 2**20  # sample videos and report
 
@@ -76,11 +77,8 @@ class RunFolder:
 
     def write(self, path: Path, text: str) -> None:
         """Write a whole file or nothing."""
-        with said_in_words(self.path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     @contextmanager
     def checkpoint(self, step: int, keep: int) -> Iterator[Path]:

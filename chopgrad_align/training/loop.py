@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib.util
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -13,28 +16,29 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..data.prompts import Condition, read_conditions
-from ..decode import decode
 from ..errors import UsageError
 from ..evaluation.curves import draw_curves
 from ..evaluation.heldout import Paired, paired
 from ..evaluation.report import write_report
 from ..evaluation.sheet import draw_samples
-from ..objective import Objective
-from ..reward import check_reward
-from ..rollout import check_call, differentiable
+from ..objective import Objective, Statistics
+from ..reward import FrameReward, check_reward
+from ..rollout import check_call
 from ..steps import LastSteps
 from .config import Config, load_config, to_yaml
-from .evaluate import Scores, evaluate, held_out_pairs, pipeline_inputs
+from .evaluate import Scores, evaluate, held_out_pairs, pipeline_inputs, term_weights
 from .folder import RunFolder, said_in_words
 from .lora import add_lora, load_lora_state, lora_config, lora_parameters, lora_state, save_lora
 from .models import check_model, load_objective, load_pipeline
 from .phases import Phases
+from .step import MicroBatch, Trainee
 
 _MOST_SKIPS = 3  # non-finite steps in a row
+_STATISTICS = ("initial_statistics", "running_statistics")  # of normalized rewards, in progress.json
 
 
 def check_files(config: Config, resume: bool) -> tuple[list[Condition], list[Condition]]:
@@ -52,6 +56,11 @@ def check_files(config: Config, resume: bool) -> tuple[list[Condition], list[Con
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UsageError(f"trackers: {tracker} is not installed: pip install 'chopgrad-align[track]'")
+    for condition in itertools.chain(*conditions):
+        for name in condition.weights:
+            if name not in config.rewards:
+                near = difflib.get_close_matches(name, config.rewards, 1, cutoff=0)[0]
+                raise UsageError(f"data: no reward is called as in the column 'weight.{name}'; the nearest is {near!r}")
     train, validation = config.train, config.validation
     if any(c.image for both in conditions for c in both) and max(train.micro_batch, validation.batch) > 1:
         raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
@@ -76,7 +85,9 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     """Train, measure, save and report; the main process returns the held-out comparison of before and after.
 
     All randomness is a function of the seed, the step and the sample, so that a resumed run is the same run, and that
-    the number of processes and the size of micro-batches change rounding only.
+    the number of processes and the size of micro-batches change rounding only. The exception is what layers draw
+    as they run, the masks of `lora.dropout` > 0 and noise that a decoder injects: that is seeded by the step and the
+    process, and drawn in the order of the micro-batches, so that results then depend on both numbers.
 
     Raises:
         UsageError: Anything about the config that can be known before long work; a reward that breaks its contract;
@@ -102,7 +113,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     call = dict(config.model.call)
     check_call(pipe, call)
     objective = load_objective(config.rewards, device)
-    _check_rewards(objective, call, device)
+    _check_rewards(objective, [c.prompt for c in (held_out * 2)[:2]], call, device)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     torch.manual_seed(config.run.seed)  # the LoRA's first weights
     denoisers = add_lora(pipe, adapter)
@@ -115,25 +126,30 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     folder = RunFolder(config.run.folder)
     folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
     if accelerator.is_main_process:
-        names = ", ".join(f"{t.weight:g} × {name}" for name, t in objective.terms.items())
+        names = ", ".join(
+            f"{t.weight:g} × {name}{' (normalized)' * t.normalize}" for name, t in objective.terms.items()
+        )
         print(
             f"{config.model.name}: {count:,} trained weights; objective: {names}; {world} process(es) on {device.type}"
         )
     if dry_run:
         return None
 
-    # State: the LoRA and its optimizer, and how far they are.
+    # State: the LoRA and its optimizer, the spread of rewards, and how far they are.
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
     )
     pairs = held_out_pairs(held_out, config.validation.pairs)
     first, skipped, before = 0, 0, None
+    initial: dict[str, Statistics] = {}  # of the model as it was: with these held-out scores stay comparable
+    running: dict[str, Statistics] = {}
     if resume:
         latest = folder.latest_checkpoint()
         load_lora_state(denoisers, latest / "lora.safetensors")
         optimizer.load_state_dict(torch.load(latest / "optimizer.pt", map_location="cpu", weights_only=True))
         progress = json.loads((latest / "progress.json").read_text())
         first, skipped, before = progress["step"], progress["skipped"], progress["before"]
+        initial, running = ({name: Statistics(**s) for name, s in progress[key].items()} for key in _STATISTICS)
     if accelerator.is_main_process:
         if resume:
             folder.rewind(first)
@@ -142,13 +158,17 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     accelerator.init_trackers("chopgrad_align")
 
     def measure(step: int, name: str) -> Scores:
+        nonlocal initial
         for denoiser in denoisers.values():
             denoiser.eval()
         videos = (folder.samples / name, config.validation.videos, config.model.fps)
         share = evaluate(pipe, call, objective, pairs, config.validation.batch, (rank, world), videos)
         shares = gather_object([share])
-        terms = {name: [v for s in shares for v in s.terms[name]] for name in objective.terms}
-        scores = Scores([v for s in shares for v in s.total], terms)
+        terms = {name: [v for s in shares for v in s[name]] for name in objective.terms}
+        initial = initial or objective.first_statistics(terms)
+        raw = {name: torch.tensor(values, dtype=torch.float64) for name, values in terms.items()}
+        values = objective.values(raw, term_weights(objective, [c for c, _ in pairs]), initial)
+        scores = Scores(torch.stack([*values.values()]).sum(0).tolist(), terms)
         if accelerator.is_main_process:
             folder.append(scores.row(step))
         accelerator.log({k: v for k, v in scores.row(step).items() if k != "step"}, step=step)
@@ -162,7 +182,9 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
                 buffer = io.BytesIO()
                 torch.save(optimizer.state_dict(), buffer)
                 (path / "optimizer.pt").write_bytes(buffer.getvalue())
-                state = {"step": step, "skipped": skipped, "before": before}
+                state: dict[str, Any] = {"step": step, "skipped": skipped, "before": before}
+                for key, statistics in zip(_STATISTICS, (initial, running), strict=True):
+                    state[key] = {name: dataclasses.asdict(s) for name, s in statistics.items()}
                 (path / "progress.json").write_text(json.dumps(state))
         accelerator.wait_for_everyone()
 
@@ -173,16 +195,20 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
             raise UsageError(
                 f"the reward of a held-out video of the model as it is, untrained, is not finite: {before}"
             )
+        running = initial
         save(0)
 
     # Training.
     phases = Phases(device)
-    policy, last_steps = config.gradient.policy(), LastSteps(config.gradient.last_steps)
-
-    def timed_decode(*args: Any, **kwargs: Any) -> Tensor:
-        with phases("decoding"):
-            return decode(*args, **kwargs)
-
+    trainee = Trainee(
+        pipe=pipe,
+        call=call,
+        objective=objective,
+        steps=LastSteps(config.gradient.last_steps),
+        backprop=config.gradient.policy(),
+        batch_size=config.train.batch_size,
+        phases=phases,
+    )
     skips_in_a_row = 0
     bar = tqdm(
         range(first, config.train.steps), initial=first, total=config.train.steps, disable=rank != 0, desc="align"
@@ -196,34 +222,39 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
 
         # This process's part of the batch, a micro-batch at a time.
         chosen = _choose(len(training), config.train.batch_size, config.run.seed, step)
-        sums = torch.zeros(1 + len(objective.terms), device=device)
+        results = []
         for start in range(rank * local, (rank + 1) * local, config.train.micro_batch):
             places = range(start, start + config.train.micro_batch)
             conditions = [training[chosen[i]] for i in places]
             seeds = [_mix(config.run.seed, step, i, 1) for i in places]
-            with phases("sampling"), differentiable(pipe, last_steps, policy, timed_decode) as sample:
-                video = sample(**pipeline_inputs(pipe, conditions, seeds), **call, output_type="pt").frames
-            with phases("reward"):
-                scores, by_term = objective(video, [condition.prompt for condition in conditions])
-            with phases("backward"):
-                (-scores.sum() / config.train.batch_size).backward()
-            sums += torch.stack([scores.detach().sum(), *(score.float().sum() for score in by_term.values())])
+            micro_batch = MicroBatch(
+                inputs=pipeline_inputs(pipe, conditions, seeds),
+                prompts=[condition.prompt for condition in conditions],
+                frame_seeds=[_mix(config.run.seed, step, i, 2) for i in places],
+                weights=term_weights(objective, conditions),
+            )
+            results.append(trainee.accumulate(micro_batch, running))
 
         # The pipeline calls the bare denoiser, past the wrapper by which DistributedDataParallel would see the
         # backward pass: gradients are summed over processes here.
         with phases("step"):
-            sums = accelerator.reduce(sums, "sum") / config.train.batch_size
+            table = accelerator.gather(torch.cat(results)).cpu()  # a row for each video of the batch
             _sum_gradients(parameters, accelerator)
             norm = nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-            finite = math.isfinite(norm) and bool(torch.isfinite(sums).all())
+            finite = math.isfinite(norm) and bool(torch.isfinite(table).all())
             if finite:
                 optimizer.step()
+                by_reward = dict(zip(objective.terms, table[:, 1:].T.tolist(), strict=False))
+                running = {name: statistics.updated(by_reward[name]) for name, statistics in running.items()}
             optimizer.zero_grad(set_to_none=True)
 
         skips_in_a_row = 0 if finite else skips_in_a_row + 1
         skipped += not finite
-        row = {"step": step + 1, "reward": sums[0].item(), "loss": -sums[0].item(), "grad_norm": float(norm)}
-        row |= {f"{name}/score": value for name, value in zip(objective.terms, sums[1:].tolist(), strict=True)}
+        reward, *means = table.mean(0).tolist()
+        row = {"step": step + 1, "reward": reward, "loss": -reward, "grad_norm": float(norm)}
+        keys = [f"{name}/{kind}" for kind in ("score", "value") for name in objective.terms]
+        row |= dict(zip(keys, means, strict=True))
+        row |= {f"{name}/std": statistics.std for name, statistics in running.items()}
         row |= {"learning_rate": optimizer.param_groups[0]["lr"], "skipped": skipped, **phases.collect()}
         if accelerator.is_main_process:
             folder.append(row)
@@ -270,13 +301,15 @@ def _header(config: Config) -> str:
     return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
 
 
-def _check_rewards(objective: Objective, call: dict[str, Any], device: torch.device) -> None:
-    size = call.get("height"), call.get("width")
+def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any], device: torch.device) -> None:
+    size, frames = (call.get("height"), call.get("width")), call.get("num_frames", 5)
     for name, term in objective.terms.items():
         check_reward(
             term.reward,
             name,
-            frames=min(call.get("num_frames", 5), 5),
+            prompts=prompts,
+            # Frames that are scored alone need no more than a few; a model of whole videos may need all.
+            frames=min(frames, 5) if isinstance(term.reward, FrameReward) else frames,
             size=(64, 64) if None in size else size,  # type: ignore[arg-type]
             device=device,
         )

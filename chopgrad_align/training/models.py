@@ -13,30 +13,52 @@ import torch
 from ..errors import UsageError
 from ..objective import Objective, Term
 from ..reward import load_reward
+from ..reward.loading import to_device
 from .config import Model, Reward
 
 
-def check_model(model: Model) -> None:
-    """Raise a UsageError for a name that is neither a pipeline's folder nor a hub id."""
-    folder = Path(model.name)
+def check_pipeline(name: str, argument: str) -> None:
+    """Raise a UsageError, which calls it `argument`, for a name that is neither a pipeline's folder nor a hub id."""
+    folder = Path(name)
     if folder.exists():
         if not (folder / "model_index.json").is_file():
-            raise UsageError(f"model.name: {folder} holds no diffusers pipeline (no model_index.json)")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model.name):
-        raise UsageError(f"model.name: there is no folder {model.name}; give one, or a hub id such as owner/name")
+            raise UsageError(f"{argument}: {folder} holds no diffusers pipeline (no model_index.json)")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UsageError(f"{argument}: there is no folder {name}; give one, or a hub id such as owner/name")
+
+
+def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str | None = None) -> Any:
+    """Load a diffusers pipeline from its folder or from the hub.
+
+    Args:
+        name: Folder or hub id.
+        argument: What the user knows the name as; errors begin with it.
+        dtypes: Of the weights: a type's name for each component that has its own, and `default`.
+        variant: Of the weight files, such as fp16.
+
+    Raises:
+        UsageError: As `check_pipeline`, and if it cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    check_pipeline(name, argument)
+    dtype = {component: getattr(torch, dtype) for component, dtype in dtypes.items()}
+    try:
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{argument}: cannot load {name}; check the name and the network ({reason})") from error
+
+
+def check_model(model: Model) -> None:
+    check_pipeline(model.name, "model.name")
 
 
 def load_pipeline(model: Model, device: torch.device) -> Any:
     """The pipeline on the device, its VAE in its own type, its scheduler replaced if the config says so."""
-    from diffusers import DiffusionPipeline
-
-    check_model(model)
-    dtype = {"default": getattr(torch, model.dtype), "vae": getattr(torch, model.vae_dtype)}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(model.name, dtype=dtype, variant=model.variant)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"model.name: cannot load {model.name}; check the name and the network ({reason})") from error
+    pipe = read_pipeline(
+        model.name, "model.name", {"default": model.dtype, "vae": model.vae_dtype}, variant=model.variant
+    )
     if model.scheduler:
         pipe.scheduler = _scheduler(pipe, dict(model.scheduler))
     pipe.set_progress_bar_config(disable=True)
@@ -63,8 +85,6 @@ def _scheduler(pipe: Any, settings: dict[str, Any]) -> Any:
 def load_objective(rewards: dict[str, Reward], device: torch.device) -> Objective:
     terms = {}
     for key, reward in rewards.items():
-        loaded: Any = load_reward(reward.name, **reward.args)
-        if isinstance(loaded, torch.nn.Module):
-            loaded = loaded.to(device)
-        terms[key] = Term(loaded, reward.weight)
+        loaded = to_device(load_reward(reward.name, **reward.args), device)
+        terms[key] = Term(loaded, reward.weight, reward.cap, reward.target, reward.normalize)
     return Objective(terms)

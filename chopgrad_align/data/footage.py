@@ -1,0 +1,73 @@
+"""What a clip is cut from: a video file, a folder of frames or a still, opened by one function and read lazily.
+
+Nothing of the pixels is kept: `Footage` holds what must be known to cut a clip (length, rate, size), and reads the
+frames that are asked for when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from .source import BadFile, Source, fetch, is_still
+from .stills import FrameFolder, Still
+from .video_file import VideoFile
+
+
+class Footage(Protocol):
+    """Frames in time, upright, in square pixels."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+
+    @property
+    def fps(self) -> float:
+        """Frames a second: the file's own, or its average; infinite for a still."""
+
+    @property
+    def seconds(self) -> float:
+        """From the first frame to the end of the last; infinite for a still."""
+
+    def frames_at(self, times: Sequence[float]) -> Iterator[Tensor]:
+        """The frame that is shown at each time: float32 `(3, height, width)` in [0, 1].
+
+        Args:
+            times: In seconds from the first frame, ascending, in [0, seconds).
+
+        Raises:
+            BadFile: A frame cannot be read.
+        """
+
+
+def open_footage(source: Source, name: str, folder_fps: float = 24.0, background: float = 0.0) -> Footage:
+    """Look at a source without reading all of it.
+
+    Args:
+        source: A path (a folder is read as frames), or a function that fetches a cell of a table.
+        name: What messages call it.
+        folder_fps: Frames a second of a folder or list of frames, which says none itself.
+        background: Grey level, 0 black to 1 white, that shows through where a file has transparent pixels.
+
+    Raises:
+        BadFile: Nothing can be read from it.
+    """
+    content = fetch(source)
+    if isinstance(content, Path) and not content.exists():
+        raise BadFile("missing", name, "no such file; paths in the metadata are relative to its folder")
+    if isinstance(content, list) or (isinstance(content, Path) and content.is_dir()):
+        return FrameFolder.open(source, name, folder_fps, background)
+    if is_still(content):
+        return Still.open(source, name, background)
+    return VideoFile.open(source, name, background)

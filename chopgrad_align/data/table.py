@@ -1,0 +1,93 @@
+"""A Hugging Face data set as rows, from the hub or from disk; cells are fetched when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .source import BadFile, Content, Row
+from .videofolder import check_columns
+
+
+def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", subset: str | None = None) -> list[Row]:
+    """Open a data set and list its rows; captions are read, videos are not.
+
+    `Clips` then looks at each cell once: at the head and the end of a file that a path names, and at all of one that is
+    kept in the table itself.
+
+    Args:
+        name: Of the hub, or a folder: what `save_to_disk` wrote, or any that `load_dataset` reads.
+        columns: Which column holds what, as for `read_folder`. A cell is a video, a picture, a list of pictures
+            (frames) or a path (relative to the folder, if `name` is one).
+        split: Such as `train` or `train[:100]`.
+        subset: The data set's configuration, if it has several.
+
+    Raises:
+        UsageError: The package `datasets` is not installed, there is no such data set, split or column, or a column
+            holds something else.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UsageError(
+            "reading Hugging Face data sets needs a package: pip install 'chopgrad-align[datasets]'"
+        ) from None
+
+    try:
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(name)
+            table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        else:
+            table = datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(f"cannot open the data set {name!r} (split {split!r}): {error}") from error
+
+    chosen = check_columns(columns, table.column_names, f"the data set {name!r}")
+    caption = chosen.pop("caption", None)
+    for role, column in chosen.items():
+        table = table.cast_column(column, _as_stored(datasets, table.features[column], f"{name}: {column!r} ({role})"))
+    captions = table[caption] if caption else [""] * len(table)
+    folder = Path(name) if Path(name).is_dir() else Path()
+    return [
+        Row(
+            f"{name}[{i}]",
+            text or "",
+            {role: partial(_cell, table, i, column, folder, f"{name}[{i}]") for role, column in chosen.items()},
+        )
+        for i, text in enumerate(captions)
+    ]
+
+
+def _as_stored(datasets: Any, feature: Any, what: str) -> Any:
+    """The feature by which a column gives files as they are, not decoded."""
+    match feature:
+        case datasets.Video():
+            return datasets.Video(decode=False)
+        case datasets.Image():
+            return datasets.Image(decode=False)
+        case datasets.List(feature=datasets.Image()):
+            return datasets.List(datasets.Image(decode=False))
+        case datasets.Value(dtype="string" | "large_string" | "binary" | "large_binary"):
+            return feature
+    raise UsageError(f"{what}: expected a column of videos, pictures, lists of pictures or paths, got {feature}")
+
+
+def _cell(table: Any, row: int, column: str, folder: Path, name: str) -> Content | list[Content]:
+    # One column of one row: the others are not read.
+    value = table.select_columns([column])[row][column]
+    if isinstance(value, list):
+        return [_content(part, folder, name) for part in value]
+    return _content(value, folder, name)
+
+
+def _content(value: Any, folder: Path, name: str) -> Content:
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    if isinstance(value, bytes):
+        return value
+    if not value:
+        raise BadFile("missing", name, "the cell is empty")
+    return folder / value

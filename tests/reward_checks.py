@@ -1,0 +1,58 @@
+"""What holds for every reward on frames. `make` constructs one, with small weights, from arguments of `FrameReward`."""
+
+import torch
+from tiny_rewards import PROMPTS, video_of
+
+from chopgrad_align.reward import check_reward
+
+
+def check_every_prompt_scores_its_own_video(make, reads_prompts):
+    video, reward = video_of(40, 56), make(frames_per_chunk=4)
+    together = reward(video, PROMPTS)
+    alone = [make()(video[b : b + 1], [prompt])[0] for b, prompt in enumerate(PROMPTS)]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    # The prompt in the middle stays, and so does its score: none is scored against the prompt of another.
+    changed = (reward(video, PROMPTS[::-1]) - together).abs() > 1e-5
+    assert changed.tolist() == [reads_prompts, False, reads_prompts]
+
+
+def check_gradient_reaches_every_frame(make, name):
+    video = video_of(40, 56, frames=3).requires_grad_()
+    reward = make(frames_per_chunk=2)
+    (gradient,) = torch.autograd.grad(reward(video, PROMPTS).sum(), video)
+    assert gradient.isfinite().all()
+    assert (gradient.abs().amax((2, 3, 4)) > 0).all()
+    # A step along the gradient raises every score.
+    step = 1e-3 * gradient / gradient.abs().amax((1, 2, 3, 4), keepdim=True)
+    assert (reward(video + step, PROMPTS) > reward(video, PROMPTS)).all()
+    check_reward(reward, name, prompts=PROMPTS[:2])
+
+
+def check_gradient_equals_finite_differences(make, rtol=1e-4):
+    reward = make().double()
+    video = video_of(24, 40, batch=2, frames=1).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(video, PROMPTS[:2]).sum(), video)
+    direction = torch.randn(video.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Inside [0, 1] and away from the kinks of the clamp that follows the resize.
+    with torch.no_grad():
+        above, below = (reward(video + sign * 1e-7 * direction, PROMPTS[:2]).double().sum() for sign in (1, -1))
+    torch.testing.assert_close((gradient * direction).sum(), (above - below) / 2e-7, rtol=rtol, atol=1e-6)
+
+
+def check_frozen_and_castable(reward, size, tolerance):
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    assert not any(module.training for module in reward.modules())
+    video = video_of(*size)
+    scores, half = reward(video, PROMPTS), reward.to(torch.bfloat16)(video.bfloat16(), PROMPTS)
+    assert scores.dtype == half.dtype == torch.float32
+    torch.testing.assert_close(half, scores, rtol=tolerance, atol=tolerance)
+
+
+def check_texts_are_encoded_once(reward, token_embedding, others=0):
+    """By what its embedding of tokens is given; besides the prompts, `others` that the reward needs for itself."""
+    encoded = []
+    token_embedding.register_forward_hook(lambda module, args, output: encoded.append(len(args[0])))
+    video = video_of(32, 32).requires_grad_()
+    reward(video, PROMPTS).sum().backward()
+    reward(video, [*PROMPTS[1:], "new"])
+    assert sum(encoded) == 4 + others

@@ -1,0 +1,224 @@
+"""The check of a reward as a command: what it says of good ones, and why it refuses each kind of broken one."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from chopgrad_rewards.clip_score import ClipScore
+from chopgrad_rewards.colorfulness import Colorfulness
+from torch import nn
+
+from chopgrad_align.data.video import write_video
+from chopgrad_align.errors import UsageError
+from chopgrad_align.evaluation.check_reward import ascent, clip, examine, finite_differences, measure
+from chopgrad_align.reward import FrameReward, SampledReward
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "check_reward.py"
+PROMPTS = ["a red star", "a blue square"]
+CLIP, CAPTION = clip(None, None)
+
+
+def mean(video):
+    return video.mean((1, 2, 3, 4))
+
+
+class Contrast(FrameReward):
+    """Curved, so that differences agree with the gradient only where steps are small."""
+
+    def score_frames(self, frames, prompts):
+        return frames.flatten(1).std(1).exp()
+
+
+def found(reward):
+    return dict(examine(reward, "mine", CLIP[:9], PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("reward", "frames"),
+    [
+        (Contrast(), "all 9 frames"),
+        (Contrast(frames=2), "frames 0, 8 of 9"),
+        (Contrast(frames={"stride": 3}), "frames 0, 3, 6 of 9"),
+        (Colorfulness(frames="first"), "frames 0 of 9"),
+        (ClipScore(frames={"random": 9}), "all 9 frames"),
+        (lambda video, prompts: mean(video).square(), "all 9 frames"),
+    ],
+)
+def test_good_rewards(reward, frames):
+    report = found(reward)
+    labels = ["clip", "score", "contract", "gradient", "memory", "time", "frames that fit", "finite differences"]
+    assert list(report) == labels
+    assert report["clip"] == "9 frames of 64x64 on cpu"
+    assert frames in report["gradient"]
+    with torch.no_grad():
+        score = reward(CLIP[None, :9], PROMPTS[:1]).item()
+    assert float(report["score"].split()[0]) == pytest.approx(score, rel=1e-4)
+    assert float(report["finite differences"].split("error ")[1].split()[0]) < 0.05
+    assert int(report["frames that fit"].split()[1].replace(",", "")) > 100
+
+
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.7 * gradient
+
+
+class FirstFrame(SampledReward):
+    """Says that it reads all frames."""
+
+    def score_video(self, video, prompts):
+        return mean(video[:, :1])
+
+
+class Unasked(SampledReward):
+    """Reads more than it says."""
+
+    def forward(self, video, prompts, seeds=None):
+        return self.score_video(video, prompts)
+
+    def score_video(self, video, prompts):
+        return mean(video)
+
+
+class Dropout(nn.Module):
+    def forward(self, video, prompts):
+        return mean(nn.functional.dropout(video))
+
+
+def prompt_of_the_first(video, prompts):
+    return mean(video) * len(prompts[0])
+
+
+def half_detached(video, prompts):
+    return mean(video[:, :, :, :32].detach()) * 0.5 + mean(video[:, :, :, 32:]) * 0.5
+
+
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [
+        (lambda v, p: mean(v)[:, None], r"scores of shape \(2, 1\) for a batch of 2, expected \(2,\): one score"),
+        (lambda v, p: mean(v.detach()), r"has no gradient: .*remove no_grad, detach"),
+        (lambda v, p: mean(v - v).sqrt(), r"gradient that is not finite"),
+        (prompt_of_the_first, r"score sample b against prompts\[b\] .* look for prompts\[0\]"),
+        (lambda v, p: mean(v).softmax(0), r"whatever else is in the batch"),
+        (Dropout(), r"not a function of its arguments: the same videos scored .* eval mode"),
+        (lambda v, p: mean(v[:, ::4]), r"reads 0-8 of 9 frames, .* zero in 1-3, 5-7: derive it from FrameReward or"),
+        (FirstFrame(), r"reads 0-8 of 9 frames, .* zero in 1-8: look for detach, or for a choice of frames inside"),
+        (Unasked(frames="first"), r"says that it reads frames 0 of 9, but its gradient reaches 1-8 too: leave the"),
+        (lambda v, p: mean(WrongBackward.apply(v)), r"not that of its score: .* \(relative error 4.3e-01\).*exact"),
+        (half_detached, r"gradient that is not that of its score"),
+        (lambda v, p: mean(v + 0.3 * (10 * v).round()), r"gradient that is not that of its score"),
+    ],
+)  # fmt: skip
+def test_the_reason_why_a_reward_is_broken(reward, reason):
+    torch.manual_seed(0)
+    with pytest.raises(UsageError, match=rf"^reward 'mine' .*{reason}") as caught:
+        found(reward)
+    assert "\n" not in str(caught.value)
+
+
+class Rounded(FrameReward):
+    exact_gradient = False
+
+    def __init__(self, sign=1.0):
+        super().__init__()
+        self.sign = sign
+
+    def score_frames(self, frames, prompts):
+        levels = frames * 255
+        levels = levels + (levels.round() - levels).detach()  # straight through
+        return (levels * frames.detach().sign() * self.sign + (1 - self.sign) * levels.detach()).mean((1, 2, 3))
+
+
+def test_an_approximate_gradient_must_lead_upwards():
+    report = found(Rounded())
+    assert "finite differences" not in report
+    assert report["ascent"].startswith("a step of 1/255 along the gradient, an approximation, raises the score by 1")
+    with pytest.raises(UsageError, match=r"leads away: a step of 1/255 along it changes the score by -\d"):
+        found(Rounded(sign=-0.5))
+    inner = 0.1 + 0.8 * CLIP[None, :3]
+    assert ascent(Contrast(), "mine", inner, PROMPTS[:1]) > 0
+
+
+def test_finite_differences_of_half_precision_are_taken_in_float32():
+    class Linear(FrameReward):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(-1, 1, 3))
+
+        def score_frames(self, frames, prompts):
+            return (frames.to(self.weight.dtype).mean((2, 3)) * self.weight).sum(1)
+
+    error, step = finite_differences(Linear().bfloat16(), "mine", 0.1 + 0.8 * CLIP[None, :3], PROMPTS[:1])
+    assert error < 1e-3
+    assert step == 0.03
+
+
+def test_memory_is_that_of_a_chunk_and_of_the_pixels():
+    video = 0.1 + 0.8 * CLIP[None]
+
+    class Deep(FrameReward):
+        def score_frames(self, frames, prompts):
+            for _ in range(20):
+                frames = frames.sin()
+            return frames.mean((1, 2, 3))
+
+    frame = video[0, 0].nbytes
+    whole, chunked = (measure(Deep(frames_per_chunk=n), video, PROMPTS[:1]) for n in (100, 2))
+    assert whole.each > 20 * frame
+    assert chunked.each < 5 * frame
+    assert chunked.peak < whole.peak / 3
+    assert chunked.seconds > 0
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, *arguments):
+    """Its exit status."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    write_video(tmp_path / "a.mp4", CLIP[:5], fps=8)
+    video = ["--video", tmp_path / "a.mp4", "--prompt", "a star"]
+    assert run(monkeypatch, "colorfulness", *video, "frames={random: 2}", "frames_per_chunk=1") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "clip                5 frames of 64x64 on cpu"
+    assert len(printed) == 8
+
+    (tmp_path / "broken.py").write_text("def make():\n    return lambda video, prompts: video.mean()\n")
+    assert run(monkeypatch, f"{tmp_path}/broken.py:make") == 2
+    error = capsys.readouterr().err
+    assert "returned scores of shape () for a batch of 2, expected (2,): one score a sample" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["colorfulnes"], "no reward is called 'colorfulnes'; did you mean 'colorfulness'?"),
+        (["colorfulness", "frame=2"], "'frame'; did you mean 'frames'?"),
+        (["colorfulness", "frames"], "cannot read the argument 'frames' of colorfulness: write key=value"),
+        (["colorfulness", "frames=[1"], "cannot read the argument 'frames=[1' of colorfulness: while parsing"),
+        (["colorfulness", "frames=${x}"], "cannot read the argument 'frames=${x}' of colorfulness: "),
+        (["colorfulness", "--video", "a.mp4"], "what does a.mp4 show? Give --prompt too"),
+        (["colorfulness", "--video", "none.mp4", "--prompt", ""], "cannot read the video none.mp4"),
+    ],
+)
+def test_what_can_be_wrong(monkeypatch, capsys, arguments, message):
+    assert run(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out

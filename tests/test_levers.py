@@ -1,0 +1,203 @@
+"""What each option of a policy saves, counted, and that none of them changes the gradient."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import tiny_vaes
+import torch
+from gradients import gradient, relative_error, weighted
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from chopgrad_align import Exact, Truncated, UsageError, decode
+from chopgrad_align.lean import Lean, framewise
+from chopgrad_align.memory import StorageCount
+from chopgrad_align.offload import Device, Host
+
+GIB = 2**30
+
+
+# --- lean layers ---
+
+
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 1}, {"groups": 2, "dilation": 2}], ids=str)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_frozen_convolution_has_the_same_gradient_and_keeps_no_input(dimensions, settings):
+    layer = getattr(nn, f"Conv{dimensions}d")(4, 6, 3, **settings).double()
+    x = torch.randn(2, 4, *(9,) * dimensions, dtype=torch.float64, requires_grad=True)
+    trained = weighted(layer(x))
+    expected = gradient(trained, x)
+    layer.requires_grad_(False)
+    with Lean():
+        loss = weighted(layer(x))
+    assert torch.equal(gradient(loss, x), expected)
+
+    saved = []
+    with Lean(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
+        layer(x)
+    assert [t.data_ptr() for t in saved] == [layer.weight.data_ptr()]
+
+
+def test_a_trained_convolution_keeps_what_its_weight_needs():
+    layer = nn.Conv3d(3, 5, 3)
+    x = torch.randn(1, 3, 4, 5, 5, requires_grad=True)
+    expected = torch.autograd.grad(weighted(layer(x)), [x, layer.weight, layer.bias])
+    with Lean():
+        got = torch.autograd.grad(weighted(layer(x)), [x, layer.weight, layer.bias])
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_framewise_layers_keep_their_input_only():
+    layers = (nn.GroupNorm(1, 4), nn.SiLU())  # of a frame alone, the normalisation is framewise
+    x = torch.randn(1, 4, 5, 6, 6, requires_grad=True)
+    expected = torch.cat([framewise(layers, frame) for frame in x.split(1, 2)], 2)
+    with Lean():
+        result = framewise(layers, x)
+    assert torch.equal(result, expected)
+    assert relative_error(gradient(weighted(result), x), gradient(weighted(expected), x)) < 1e-6
+
+    wide = torch.randn(1, 64, 8, 16, 16, requires_grad=True)
+    norm = (tiny_vaes.wan_vae().decoder.norm_out.__class__(64, images=False).requires_grad_(False), nn.SiLU())
+    with StorageCount() as usual:
+        kept = framewise(norm, wide)
+        assert usual.now > 2 * kept.nbytes
+    del kept
+    with StorageCount() as lean, Lean():
+        kept = framewise(norm, wide)
+        assert lean.now == kept.nbytes  # the result alone...
+    assert lean.peak <= 2.5 * kept.nbytes  # ...and on the way its frames, and scratch of one
+
+
+# --- rows ---
+
+
+@pytest.fixture
+def full_precision(monkeypatch):
+    """Upsampling passes through float32; without that, float64 means float64."""
+    from diffusers.models.autoencoders import autoencoder_kl_qwenimage, autoencoder_kl_wan
+
+    monkeypatch.setattr(autoencoder_kl_wan.WanUpsample, "forward", nn.Upsample.forward)
+    monkeypatch.setattr(autoencoder_kl_qwenimage.QwenImageUpsample, "forward", nn.Upsample.forward)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    "make", [tiny_vaes.wan_vae, partial(tiny_vaes.wan_vae, residual=True), tiny_vaes.qwen_image_vae]
+)
+def test_rows_change_nothing(make, rows, full_precision):
+    vae = make().double()
+    channels = vae.config.z_dim
+    latents = torch.randn(2, channels, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    expected = gradient(weighted(vae.decode(latents).sample), latents)
+    for backprop in (Exact(rows=rows), Exact(rows=rows, cache="host"), Exact(rows=rows, lean=False)):
+        pixels = decode(vae, latents, backprop)
+        assert torch.equal(pixels, vae.decode(latents).sample)
+        assert relative_error(gradient(weighted(pixels), latents), expected) < 1e-12
+
+
+def test_rows_give_the_gradient_of_trained_weights(full_precision):
+    vae = tiny_vaes.wan_vae().double()
+    weights = [
+        vae.decoder.conv_out.weight,
+        vae.decoder.up_blocks[0].resnets[0].conv1.weight,
+        vae.decoder.norm_out.gamma,
+    ]
+    for weight in weights:
+        weight.requires_grad_()
+    latents = torch.randn(1, 4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(weighted(vae.decode(latents).sample), [latents, *weights])
+    got = torch.autograd.grad(weighted(decode(vae, latents, Exact(rows=4))), [latents, *weights])
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(got, expected, strict=True))
+
+
+def test_rows_with_several_pending_cotangents():
+    vae = tiny_vaes.wan_vae()
+    latents = torch.randn(1, 4, 4, 3, 3, requires_grad=True)
+    expected = gradient(weighted(decode(vae, latents, Truncated(1))), latents)
+    assert relative_error(gradient(weighted(decode(vae, latents, Truncated(1, rows=3))), latents), expected) < 1e-5
+
+
+def test_impossible_rows_are_refused():
+    with pytest.raises(UsageError, match="whole number of rows"):
+        Exact(rows=0)
+    with pytest.raises(UsageError, match="use checkpoint=True"):
+        Exact(rows=64, checkpoint=False)
+
+
+# --- offload ---
+
+
+@pytest.mark.parametrize("place", [Device(), Host(torch.device("cpu"))], ids=["device", "host"])
+def test_what_was_put_away_comes_back(place):
+    values = [(torch.arange(6.0).view(2, 3), "Rep"), None, {"a": torch.ones(2, dtype=torch.bfloat16).expand(4, 2)}]
+    stored = place.put(values)
+    place.fetch(stored)
+    for _ in range(2):
+        back = place.get(stored)
+        assert torch.equal(back[0][0], values[0][0])
+        assert back[0][1] == "Rep"
+        assert back[1] is None
+        assert torch.equal(back[2]["a"], values[2]["a"])
+        assert back[2]["a"].dtype == torch.bfloat16
+
+
+def test_the_count_tells_host_from_device():
+    with StorageCount() as storage:
+        x = torch.zeros(1000)
+        stored = Host(torch.device("cpu")).put(x)
+        assert (storage.now, storage.host) == (4000, 4000)
+        del x
+        assert (storage.now, storage.host) == (0, 4000)
+        back = Host(torch.device("cpu")).get(stored)
+        assert storage.now == back.nbytes
+    assert (storage.peak, storage.host_peak) == (4000, 4000)
+
+
+# --- the model at its real size, of which nothing is computed ---
+
+
+def _full_size_peak(backprop, height: int, width: int, frames: int) -> tuple[float, float]:
+    """Peak on the device and on the host, in GiB, of decoding one video with Wan 2.1's VAE in bfloat16 and back."""
+    from diffusers import AutoencoderKLWan
+
+    before = torch.get_default_dtype()
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            vae = AutoencoderKLWan().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
+        shape = (1, 16, (frames + 3) // 4, height // 8, width // 8)
+        latents = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+        with StorageCount() as storage:
+            pixels = decode(vae, latents, backprop)
+            pixels.backward(torch.empty_like(pixels))
+    return storage.peak / GIB, storage.host_peak / GIB
+
+
+def test_memory_of_wan_at_its_real_size():
+    short, long = (_full_size_peak(Exact(cache="host", rows=128), 480, 832, frames)[0] for frames in (13, 17))
+    per_latent_frame = long - short
+    assert per_latent_frame < 0.1
+    assert long + 16 * per_latent_frame <= 4  # at 81 frames
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width", "goal"), [(480, 832, 4), (720, 1280, 8), (1088, 1920, 16)])
+def test_memory_of_81_frames_of_wan(height, width, goal):
+    device, host = _full_size_peak(Exact(cache="host", rows=128), height, width, 81)
+    assert device <= goal
+    assert host > device  # where the caches are
+
+
+def test_every_lever_saves_memory_at_the_real_size():
+    levers = [
+        Exact(checkpoint=False, lean=False),
+        Exact(checkpoint=False),
+        Exact(),
+        Exact(cache="host"),
+        Exact(cache="host", rows=128),
+    ]
+    peaks = [_full_size_peak(backprop, 480, 832, 9)[0] for backprop in levers]
+    assert all(less < 0.9 * more for more, less in pairwise(peaks)), peaks
