@@ -154,17 +154,18 @@ def upright_rgb(
     untagged = frame.colorspace == _UNSPECIFIED and not frame.format.is_rgb
     high_definition = frame.width >= 1280 or frame.height > 576
     alpha = any(component.is_alpha for component in frame.format.components)
-    # Planes of floats: the conversion of libswscale that interpolates chroma and keeps all bits.
+    # Planes of 16 bits: the conversion of libswscale that interpolates chroma and keeps all bits. (Its planes of floats
+    # do so as well, but read uninitialised memory where the width is not a multiple of 4.)
     planes = frame.reformat(
         width=round(frame.width * (aspect or 1)),
-        format="gbrapf32le" if alpha else "gbrpf32le",
+        format="gbrap16le" if alpha else "gbrp16le",
         src_colorspace=Colorspace.ITU709 if untagged and high_definition else None,
     ).to_ndarray()
     # It shifts values to 16 bits and leaves the low ones empty, so that white comes out a little too dark.
     bits = min(frame.format.components[0].bits, 16)
     full_range = frame.format.is_rgb or frame.color_range == ColorRange.JPEG
     white = (2**bits - 1) << (16 - bits) if full_range else 255 << 8
-    pixels = (torch.from_numpy(planes).permute(2, 0, 1) * (0xFFFF / white)).clamp(0, 1)
+    pixels = (torch.from_numpy(planes.astype(np.float32)).permute(2, 0, 1) / white).clamp(0, 1)
     return _upright(over(pixels, background) if alpha else pixels, frame, name).contiguous()
 
 
