@@ -31,7 +31,7 @@ STAGES = {
     "decoder": (train_decoder, 300),
     "reward": (train_reward, 1000),
     "latents": (encode_latents, 12000),
-    "denoiser": (train_denoiser, 11000),
+    "denoiser": (train_denoiser, 8000),
     "export": (export, 0),
     "evaluate": (evaluate, 128),
 }

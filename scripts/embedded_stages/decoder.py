@@ -13,7 +13,7 @@ from .clips import mixed_clip
 from .loop import train, trained
 from .vae import decode_without_clamp, make_vae
 
-MOST_NOISE = 0.2  # in standard deviations of each latent channel
+MOST_NOISE = 0.3  # in standard deviations of each latent channel
 
 
 def train_decoder(work: Path, steps: int) -> None:
