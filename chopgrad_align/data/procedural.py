@@ -122,6 +122,19 @@ def render(scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slic
     Returns:
         float32 video `(3, frames drawn, size, size)` in [0, 1].
     """
+    background, painted, inside = layers(scene, seed, frames, size, only)
+    return (painted * inside + background * (1 - inside)).clamp(0, 1)
+
+
+def layers(
+    scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `render` puts together.
+
+    Returns:
+        The background and the painted shape, `(3, frames drawn, size, size)`, and how much of each pixel the shape
+        covers, `(1, frames drawn, size, size)`.
+    """
     rng = random.Random(seed)
     time = torch.linspace(0, 1, frames)[only].view(-1, 1, 1)
     frames = len(time)
@@ -141,8 +154,7 @@ def render(scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slic
     core = torch.sigmoid(-(distance + _OUTLINE) / softness * 2)
     colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1, 1) * rng.uniform(0.92, 1.0)
     fill = colour * _TEXTURE_SHADES[scene.texture](u * radius, v * radius)
-    painted = fill * core + 0.06 * (1 - core)
-    return (painted * inside + background * (1 - inside)).clamp(0, 1)
+    return background, fill * core + 0.06 * (1 - core), inside[None]
 
 
 def _trajectory(scene: Scene, time: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
