@@ -21,14 +21,23 @@ class Lean(TorchFunctionMode):
     """Within the context, frozen convolutions keep no input, and `framewise` keeps its input only.
 
     Convolutions under autocast are left alone: it casts inside them.
+
+    Args:
+        stable: Whether the layers leave rounding small. Then the run that is recorded may round otherwise than the one
+            without a graph, where that is faster.
     """
+
+    def __init__(self, stable: bool = False) -> None:
+        super().__init__()
+        self.stable = stable
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is framewise:
             return _framewise_recomputed(*args)
         if (input_gradient := _CONVOLUTIONS.get(func)) is not None:
-            return _convolution(func, input_gradient, *args, **kwargs)
+            faster = _conv3d if self.stable and func is torch.conv3d else func
+            return _convolution(faster, input_gradient, *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -44,8 +53,40 @@ def framewise(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 def _framewise_recomputed(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
     # A frame at a time, so that what is upcast to float32 is that of one frame, in the backward pass too.
-    frames = [checkpoint(framewise, layers, frame, use_reentrant=False) for frame in x.split(1, 2)]
-    return frames[0] if len(frames) == 1 else torch.cat(frames, 2)
+    if any(weight.requires_grad for layer in layers for weight in layer.parameters()) or _is_autocast(x):
+        frames = [checkpoint(framewise, layers, frame, use_reentrant=False) for frame in x.split(1, 2)]
+        return frames[0] if len(frames) == 1 else torch.cat(frames, 2)
+    return _FrozenFramewise.apply(layers, x)
+
+
+class _FrozenFramewise(torch.autograd.Function):
+    """`framewise` that keeps its input; cheaper than a checkpoint for each frame, but without gradients of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+        ctx.layers = layers
+        ctx.save_for_backward(x)
+        if x.shape[2] == 1:
+            return framewise(layers, x)
+        output = torch.empty_like(x)
+        for frame, result in zip(x.split(1, 2), output.split(1, 2), strict=True):
+            result.copy_(framewise(layers, frame))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (x,) = ctx.saved_tensors
+        pulled = torch.empty_like(x)
+        for frame, cotangent, result in zip(*(t.split(1, 2) for t in (x, gradient, pulled)), strict=True):
+            frame = frame.detach().requires_grad_()
+            with torch.enable_grad():
+                again = framewise(ctx.layers, frame)
+            result.copy_(torch.autograd.grad(again, frame, cotangent)[0])
+        return None, pulled
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _convolution(
@@ -60,7 +101,7 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor:
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if trained or not x.requires_grad or isinstance(padding, str) or torch.is_autocast_enabled(x.device.type):
+    if trained or not x.requires_grad or isinstance(padding, str) or _is_autocast(x):
         return func(x, weight, bias, stride, padding, dilation, groups)
     return _FrozenConvolution.apply(func, input_gradient, x, weight, bias, stride, padding, dilation, groups)
 
@@ -85,7 +126,40 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return (None, None, ctx.input_gradient(ctx.shape, weight, gradient, *ctx.settings), *(None,) * 6)
+        stride, padding, dilation, groups = ctx.settings
+        if _onednn_is_faster(gradient) and _triple(stride) == _triple(dilation) == (1, 1, 1) and groups == 1:
+            # Of stride 1: the convolution with the flipped kernel, padded by what the other one was not.
+            flipped = weight.flip(2, 3, 4).transpose(0, 1).contiguous()
+            rest = [size - 1 - pad for size, pad in zip(weight.shape[2:], _triple(padding), strict=True)]
+            pulled = _onednn(gradient, flipped, None, rest, (1, 1, 1), (1, 1, 1), 1)
+        else:
+            pulled = ctx.input_gradient(ctx.shape, weight, gradient, *ctx.settings)
+        return (None, None, pulled, *(None,) * 6)
+
+
+_onednn = torch.ops.aten.mkldnn_convolution
+
+
+def _conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    if _onednn_is_faster(x):
+        return _onednn(x, weight, bias, *map(_triple, (padding, stride, dilation)), groups)
+    return torch.conv3d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _onednn_is_faster(x: Tensor) -> bool:
+    """Whether to ask for oneDNN by name.
+
+    Of one sample torch convolves on a path several times slower unless channels, frames and height multiply to more
+    than this (`ConvParams::use_mkldnn` in aten's Convolution.cpp); a decoder's group is often smaller.
+    """
+    plain = type(x) is Tensor and x.ndim == 5 and x.device.type == "cpu" and x.dtype == torch.float32
+    return plain and len(x) == 1 and x[0, :, :, :, 0].numel() <= 20480 and bool(torch.backends.mkldnn.enabled)
+
+
+def _triple(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) * 3 if isinstance(value, int) else tuple(value)
 
 
 _CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {torch.conv2d: conv2d_input, torch.conv3d: conv3d_input}

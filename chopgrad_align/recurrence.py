@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -259,7 +259,8 @@ class Recurrence:
         self, unit: Block, state: Hidden, cache: Cache, conditions: Conditions, through_hidden: bool, carry: bool
     ) -> Graph | RowGraphs:
         assert self.replay is not None
-        recording = partial(_recording, conditions, self.replay.lean)
+        lean = Lean(self.decoder.stable) if self.replay.lean else nullcontext()
+        recording = partial(_recording, conditions, lean)
         if self._by_rows(unit, state):
             assert isinstance(unit, Local)
             assert self.replay.rows is not None
@@ -281,8 +282,8 @@ def _in_turn(blocks: Sequence[Block]) -> Block:
 
 
 @contextmanager
-def _recording(conditions: Conditions, lean: bool) -> Iterator[None]:
-    with conditions.again(), Lean() if lean else nullcontext():
+def _recording(conditions: Conditions, lean: AbstractContextManager[Any]) -> Iterator[None]:
+    with conditions.again(), lean:
         yield
 
 

@@ -67,6 +67,10 @@ class Decoder(ABC):
     recurrent: bool = True
     """Whether a group needs the caches of the one before it."""
 
+    stable: bool = False
+    """Whether the gradient is hardly sensitive to rounding of activations: not where a normalisation can divide by the
+    spread of a few values that are nearly the same."""
+
     sliced: bool = False
     """Whether the model now decodes the samples of a batch one by one (`vae.enable_slicing()`)."""
 

@@ -45,6 +45,8 @@ def qwen_image(vae: Any, latents: Tensor) -> Decoder | Tiled:
 class WanDecoder(Decoder):
     """`finish` makes pixels of the last convolution's output; it is `None` for a tile, which is finished later."""
 
+    stable = True  # each position is normalised over its channels
+
     def __init__(self, vae: Any, finish: Finish | None) -> None:
         super().__init__(vae)
         self.sliced = vae.use_slicing
