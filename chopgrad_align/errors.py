@@ -21,3 +21,14 @@ def exit_on_usage_error() -> Iterator[None]:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def whole_number(argument: str, value: object) -> int:
+    """`value` if it is a whole number, 1 or more.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{argument}={value!r}: expected a whole number, 1 or more")
+    return value

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import VJEPA2Model, VJEPA2VideoProcessor
 
+from chopgrad_align.errors import whole_number
 from chopgrad_align.reward import frame_sampler
 
 from .checkpoints import load_pretrained, loading
-from .whole_video import ResizeAndCrop, WholeVideoReward, recompute_blocks, whole_number
+from .whole_video import ResizeAndCrop, WholeVideoReward, recompute_blocks
 
 # Blocks, and the share of a frame's patches in each: V-JEPA's short-range and long-range masks.
 _MASKS = ((8, 0.15), (2, 0.7))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from chopgrad_align.optical_flow import occluded, warp
 
 from .optical_flow import PairReward
 
@@ -54,26 +55,3 @@ class WarpConsistency(PairReward):
             visible = ~occluded(flow, self.flow(second, first)).unsqueeze(1)
         error = (warp(second.to(flow.dtype), flow) - first).square() * visible
         return -error.sum((1, 2, 3)) / (3 * visible.sum((1, 2, 3))).clamp(min=1)
-
-
-def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """`image` `(N, C, H, W)` read, bilinearly, where `flow` `(N, 2, H, W)` in pixels leads; outside, at the border."""
-    height, width = image.shape[-2:]
-    rows, columns = (torch.arange(n, device=flow.device, dtype=flow.dtype) for n in (height, width))
-    x, y = flow[:, 0] + columns, flow[:, 1] + rows.unsqueeze(1)
-    grid = torch.stack([x * (2 / max(1, width - 1)) - 1, y * (2 / max(1, height - 1)) - 1], dim=-1)
-    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
-
-
-def occluded(forward: Tensor, backward: Tensor) -> Tensor:
-    """Pixels that have no partner in the next frame, or lie at an edge of motion.
-
-    Flows `(N, 2, H, W)` in pixels from this frame to the next and back -> `(N, H, W)`, boolean. Sundaram, Brox and
-    Keutzer, "Dense point trajectories by GPU-accelerated large displacement optical flow" (ECCV 2010), section 4.
-    """
-    back = warp(backward, forward)
-    length, back_length, round_trip = (v.square().sum(1) for v in (forward, back, forward + back))
-    lost = round_trip > 0.01 * (length + back_length) + 0.5
-    across = F.pad(forward.diff(dim=3), (0, 1)).square().sum(1)
-    down = F.pad(forward.diff(dim=2), (0, 0, 0, 1)).square().sum(1)
-    return lost | (across + down > 0.01 * length + 0.002)

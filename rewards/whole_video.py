@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chopgrad_align.errors import UsageError
 from chopgrad_align.reward import SampledReward
 
 from .preprocess import Preprocess
@@ -32,17 +31,6 @@ class WholeVideoReward(SampledReward):
 def evenly_spaced(total: int, count: int) -> list[int]:
     """Indices of `count` frames from the first to the last of `total`; a video with fewer repeats them evenly."""
     return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
-
-
-def whole_number(argument: str, value: object) -> int:
-    """`value` if it is a whole number, 1 or more.
-
-    Raises:
-        UsageError: It is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{argument}={value!r}: expected a whole number, 1 or more")
-    return value
 
 
 @dataclass(frozen=True)

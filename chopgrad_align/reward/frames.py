@@ -74,10 +74,15 @@ class Stride(FrameSampler):
 
 @dataclass(frozen=True)
 class First(FrameSampler):
-    """The first frame."""
+    """The first `count` frames; all if there are fewer."""
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _expect_whole(self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
-        return [0]
+        return list(range(min(self.count, total)))
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,12 @@ Frames = FrameSampler | int | str | Mapping[str, int] | None
 """What `frame_sampler` understands; the type of every argument `frames`."""
 
 _NAMED: dict[str, FrameSampler] = {"all": All(), "first": First(), "last": Last(), "first+last": FirstLast()}
-_COUNTED: dict[str, Callable[[int], FrameSampler]] = {"uniform": Uniform, "random": Random, "stride": Stride}
+_COUNTED: dict[str, Callable[[int], FrameSampler]] = {
+    "uniform": Uniform,
+    "random": Random,
+    "stride": Stride,
+    "first": First,
+}
 
 
 def frame_sampler(frames: Frames) -> FrameSampler:
@@ -111,6 +121,7 @@ def frame_sampler(frames: Frames) -> FrameSampler:
         {uniform: 8}                   as 8
         {random: 8}                    8 frames, others for every video and step
         {stride: 4}                    every fourth
+        {first: 9}                     the first nine
 
     None is all; a sampler is returned as it is.
 

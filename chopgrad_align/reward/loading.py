@@ -10,16 +10,19 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..errors import UsageError
 from .protocol import Reward
+
+_Scorer = TypeVar("_Scorer")
 
 ENTRY_POINTS = "chopgrad_align.rewards"
 _SPELLINGS = "a published name, 'package.module:Class' or 'path/to/file.py:Class'"
@@ -51,32 +54,58 @@ def load_reward(name: str, **args: object) -> Reward:
     Raises:
         UsageError: The name, module, file, attribute or an argument is wrong, or a package is not installed.
     """
-    location, colon, attribute = name.rpartition(":")
-    if not colon:
-        location, _, attribute = _published(name).rpartition(":")
-    module = _file(location, name) if _is_path(location) else _module(location, name)
-    if not hasattr(module, attribute):
-        candidates = [a for a in vars(module) if not a.startswith("_")]
-        raise UsageError(f"reward {name!r}: {location} has no {attribute!r}{_nearest(attribute, candidates)}")
-    factory = getattr(module, attribute)
-    if not callable(factory):
-        raise UsageError(f"reward {name!r}: {attribute} is a {type(factory).__name__}, expected a class")
-    _check_arguments(factory, name, args)
-    try:
-        reward = factory(**args)
-    except ModuleNotFoundError as error:  # imported when it is used
-        raise _missing(name, error) from error
+    location = name if ":" in name else _published(name)
+    reward = construct("reward", name, location, args)
     if not callable(reward):
         raise UsageError(
             f"reward {name!r} made a {type(reward).__name__}, which cannot be called as reward(video, prompts)"
         )
-    if isinstance(reward, nn.Module):
-        reward.requires_grad_(False).eval()
     return reward
 
 
-def to_device(reward: Reward, device: torch.device) -> Reward:
-    """The reward with its weights on the device; one that is no module looks after itself."""
+def construct(kind: str, name: str, location: str, args: dict[str, object]) -> object:
+    """What the class at `location`, `module:Class` or `path/to/file.py:Class`, makes of `args`.
+
+    Args:
+        kind: What messages call the thing, `reward` or `loss`.
+        name: Its name in the config, for messages.
+        location: Where the class is.
+        args: Given to it by keyword.
+
+    Returns:
+        The thing; a `nn.Module` has its weights frozen, is in eval mode and still on the CPU.
+
+    Raises:
+        UsageError: The module, file, attribute or an argument is wrong, or a package is not installed.
+    """
+    what = f"{kind} {name!r}"
+    place, _, attribute = location.rpartition(":")
+    module = _file(place, kind, what) if _is_path(place) else _module(place, what)
+    if not hasattr(module, attribute):
+        candidates = [a for a in vars(module) if not a.startswith("_")]
+        raise UsageError(f"{what}: {place} has no {attribute!r}{_nearest(attribute, candidates)}")
+    factory = getattr(module, attribute)
+    if not callable(factory):
+        raise UsageError(f"{what}: {attribute} is a {type(factory).__name__}, expected a class")
+    _check_arguments(factory, what, args)
+    try:
+        made = factory(**args)
+    except ModuleNotFoundError as error:  # imported when it is used
+        raise _missing(what, error) from error
+    if isinstance(made, nn.Module):
+        made.requires_grad_(False).eval()
+    return made
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a name without a colon that nothing of this kind has."""
+    known = sorted(known)
+    hint = f"; for a class in that file, write '{name}:Class'" if _is_path(name) else _nearest(name, known)
+    return UsageError(f"no {kind} is called {name!r}{hint}. Known: {', '.join(known)}; or give {_SPELLINGS}")
+
+
+def to_device(reward: _Scorer, device: torch.device) -> _Scorer:
+    """The reward (or loss) with its weights on the device; one that is no module looks after itself."""
     return reward.to(device) if isinstance(reward, nn.Module) else reward
 
 
@@ -91,8 +120,7 @@ def _published(name: str) -> str:
     for entry in entry_points(group=ENTRY_POINTS):
         known.setdefault(entry.name, set()).add(entry.value)
     if name not in known:
-        hint = f"; for a class in that file, write '{name}:Class'" if _is_path(name) else _nearest(name, list(known))
-        raise UsageError(f"no reward is called {name!r}{hint}. Known: {', '.join(sorted(known))}; or give {_SPELLINGS}")
+        raise unknown_name("reward", name, known)
     if len(known[name]) > 1:
         raise UsageError(f"several packages publish a reward {name!r}: choose {' or '.join(sorted(known[name]))}")
     return known[name].pop()
@@ -102,56 +130,55 @@ def _is_path(location: str) -> bool:
     return location.endswith(".py") or "/" in location or "\\" in location
 
 
-def _module(location: str, name: str) -> ModuleType:
+def _module(location: str, what: str) -> ModuleType:
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", location):
-        raise UsageError(f"reward {name!r}: expected {_SPELLINGS}")
+        raise UsageError(f"{what}: expected {_SPELLINGS}")
     try:
         return importlib.import_module(location)
     except Exception as error:  # the module is someone else's code and can fail in any way
-        raise _import_error(location, name, error) from error
+        raise _import_error(location, what, error) from error
 
 
-def _file(location: str, name: str) -> ModuleType:
+def _file(location: str, kind: str, what: str) -> ModuleType:
     path = Path(location).expanduser().resolve()
     if not path.is_file():
-        raise UsageError(f"reward {name!r}: no such file {path}")
+        raise UsageError(f"{what}: no such file {path}")
     # A private name: the file can be called like any installed module and still hides none.
-    private = f"_chopgrad_reward_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    private = f"_chopgrad_{kind}_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(private, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"reward {name!r}: {path} is not a Python file")
+        raise UsageError(f"{what}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[private] = module  # dataclasses and pickle look the module up by its name
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[private]
-        raise _import_error(location, name, error) from error
+        raise _import_error(location, what, error) from error
     return module
 
 
-def _import_error(location: str, name: str, error: Exception) -> UsageError:
+def _import_error(location: str, what: str, error: Exception) -> UsageError:
     if isinstance(error, ModuleNotFoundError) and error.name:
         if f"{location}.".startswith(f"{error.name}."):
             return UsageError(
-                f"reward {name!r}: no module named {error.name!r}; install its package, "
+                f"{what}: no module named {error.name!r}; install its package, "
                 "or for a file of yours write 'path/to/file.py:Class'"
             )
-        return _missing(name, error)
+        return _missing(what, error)
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{last.filename}:{last.lineno}"
-    return UsageError(f"reward {name!r}: importing {location} failed at {place}: {type(error).__name__}: {error}")
+    return UsageError(f"{what}: importing {location} failed at {place}: {type(error).__name__}: {error}")
 
 
-def _missing(name: str, error: ModuleNotFoundError) -> UsageError:
+def _missing(what: str, error: ModuleNotFoundError) -> UsageError:
     package = (error.name or "").partition(".")[0]
     return UsageError(
-        f"reward {name!r} needs the module {error.name!r}, which is not installed: "
-        f"pip install {_INSTALL.get(package, package)}"
+        f"{what} needs the module {error.name!r}, which is not installed: pip install {_INSTALL.get(package, package)}"
     )
 
 
-def _check_arguments(factory: object, name: str, args: dict[str, object]) -> None:
+def _check_arguments(factory: object, what: str, args: dict[str, object]) -> None:
     try:
         signature = inspect.signature(factory)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # some built-in callables have none
@@ -162,4 +189,4 @@ def _check_arguments(factory: object, name: str, args: dict[str, object]) -> Non
         unknown = [a for a in args if a not in signature.parameters]
         nearest = _nearest(unknown[0], list(signature.parameters)) if unknown else ""
         accepted = ", ".join(str(p).split(":")[0].split("=")[0] for p in signature.parameters.values()) or "none"
-        raise UsageError(f"reward {name!r}: {error}{nearest}. Its arguments: {accepted}") from error
+        raise UsageError(f"{what}: {error}{nearest}. Its arguments: {accepted}") from error
