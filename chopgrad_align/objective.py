@@ -1,15 +1,19 @@
-"""Several rewards weighed together: where sign, weight, limits and reduction happen, once."""
+"""Rewards and losses weighed together: where sign, weight, limits and reduction happen, once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .losses import Loss
+from .losses.protocol import compare
+from .losses.protocol import frames_read as frames_compared
 from .reward import Reward
 from .reward.protocol import check_scores, frames_read, score
 
@@ -61,6 +65,26 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What a prediction is compared with; each part is there if the prediction has it.
+
+    Attributes:
+        target: The video that it should be, `(B, F, 3, H, W)` in [0, 1].
+        mask: `(B, F, 1, H, W)`: 1 where something was to be made.
+        latents: The predicted clean latents and the true ones, as the pipeline normalizes them.
+        outputs: What the denoiser returned and what it should have returned.
+    """
+
+    target: Tensor | None = None
+    mask: Tensor | None = None
+    latents: tuple[Tensor, Tensor] | None = None
+    outputs: tuple[Tensor, Tensor] | None = None
+
+
+_NOTHING = Reference()
+
+
+@dataclass(frozen=True)
 class Term:
     """One reward, and how much of it is wanted.
 
@@ -87,6 +111,17 @@ class Term:
         if self.cap is not None and self.target is not None:
             raise UsageError("a term has a cap or a target, not both")
 
+    kind = "reward"
+    reads_pixels = True
+
+    def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
+        """The frames of each sample that it reads, of videos of `total` frames."""
+        return frames_read(self.reward, total, seeds)
+
+    def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
+        """See `Objective.scores`."""
+        return score(self.reward, video, prompts, seeds)
+
     def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
         """What scores `(B,)` add to the objective, in float32 or more; statistics belong to a normalized term."""
         value = score.to(torch.promote_types(score.dtype, torch.float32))
@@ -102,23 +137,102 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The sum of named terms."""
+class LossTerm:
+    """A pixel loss against the target; it should fall.
 
-    terms: dict[str, Term] = field(default_factory=dict)
+    Args:
+        loss: Compares videos.
+        weight: Positive.
+    """
+
+    loss: Loss
+    weight: float = 1.0
+    kind = "loss"
+    normalize = False
+    reads_pixels = True
+
+    def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
+        """As `Term.frames_read`."""
+        return frames_compared(self.loss, total, seeds)
+
+    def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
+        """The loss `(B,)`."""
+        if reference.target is None:
+            raise UsageError("a pixel loss needs data with a target: give a section data.clips")
+        return compare(self.loss, video, reference.target, reference.mask, seeds)
+
+    def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
+        """As `Term.value`."""
+        return -self.weight * score.to(torch.promote_types(score.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class LatentTerm:
+    """Mean squared error before the decoder; it should fall.
+
+    Args:
+        of: `latents`, of the predicted clean latents; `outputs`, of the denoiser's output, the usual diffusion loss.
+        weight: Positive.
+    """
+
+    of: Literal["latents", "outputs"]
+    weight: float = 1.0
+    kind = "loss"
+    normalize = False
+    reads_pixels = False
+
+    def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
+        """As `Term.frames_read`: none."""
+        return [[] for _ in seeds]
+
+    def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
+        """The error `(B,)`, in float32."""
+        pair = getattr(reference, self.of)
+        if pair is None:
+            modes = {"latents": "one_step or denoise", "outputs": "denoise"}[self.of]
+            raise UsageError(f"a loss of {self.of} needs prediction.mode={modes}")
+        predicted, true = pair
+        return (predicted.float() - true.float()).square().flatten(1).mean(1)
+
+    def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
+        """As `Term.value`."""
+        return -self.weight * score
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The sum of named terms, which should rise."""
+
+    terms: dict[str, Term | LossTerm | LatentTerm] = field(default_factory=dict)
+
+    @property
+    def reads_pixels(self) -> bool:
+        """Whether a video has to be decoded for it at all."""
+        return any(term.reads_pixels for term in self.terms.values())
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the true latents are wanted."""
+        return any(isinstance(term, LatentTerm) and term.of == "latents" for term in self.terms.values())
 
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[int]:
-        """The frames of videos of `total` frames that some reward reads in some sample, in order."""
-        read = (frames_read(term.reward, total, seeds) for term in self.terms.values())
+        """The frames of videos of `total` frames that some term reads in some sample, in order."""
+        read = (term.frames_read(total, seeds) for term in self.terms.values())
         return sorted({frame for samples in read for sample in samples for frame in sample})
 
-    def scores(self, video: Tensor, prompts: list[str], seeds: Sequence[int]) -> dict[str, Tensor]:
-        """Each reward's own scores `(B,)` of `video` `(B, F, 3, H, W)` in [0, 1], whose unread frames can be anything.
+    def scores(
+        self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference = _NOTHING
+    ) -> dict[str, Tensor]:
+        """Each reward's own scores, and each loss, `(B,)`.
 
-        `seeds`, one a sample, decide which frames random samplers choose; equal samplers choose the same.
+        Args:
+            video: `(B, F, 3, H, W)` in [0, 1]; frames that no term reads can be anything.
+            prompts: One a sample.
+            seeds: One a sample; they decide which frames random samplers choose; equal samplers choose the same.
+            reference: What losses compare with.
         """
         return {
-            name: check_scores(f"reward {name!r}", score(term.reward, video, prompts, seeds), len(video))
+            name: check_scores(f"{term.kind} {name!r}", term.score(video, prompts, seeds, reference), len(prompts))
             for name, term in self.terms.items()
         }
 

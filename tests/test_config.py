@@ -176,7 +176,10 @@ def test_a_wrong_value_is_one_line(least, overrides, message):
         (LEAST.replace("train: {steps: 3}", ""), r"'train' is missing$"),
         (LEAST.replace("{steps: 3}", "{}"), r"'train.steps' is missing$"),
         (LEAST.replace("{name: colorfulness}", "{weight: 2}"), r"'rewards.colour.name' is missing$"),
-        (LEAST.replace("rewards:\n  colour: {name: colorfulness}", "rewards: {}"), r"rewards: .*at least 1 item"),
+        (
+            LEAST.replace("rewards:\n  colour: {name: colorfulness}", "rewards: {}"),
+            r"expected at least one term under rewards or losses",
+        ),
         ("- a\n- b\n", r"must be a mapping of sections, such as run, model and train$"),
         ("just words\n", r"'run' is missing; .*; unknown key 'just words'"),
         ("", r"'run' is missing; 'model' is missing; .*'train' is missing$"),

@@ -11,7 +11,7 @@ import tiny_runs
 import torch
 from tiny_runs import lora, rows, saved_lora
 
-from chopgrad_align.training import loop
+from chopgrad_align.training import batches, loop
 from chopgrad_align.training.config import load_config
 
 PROMPTS = 12
@@ -69,7 +69,7 @@ def config(tmp_path_factory):
     assert len(set(prompts)) == PROMPTS
     (folder / "train.txt").write_text("\n".join(prompts) + "\n")
     (folder / "reward.py").write_text(REWARD)
-    bad = prompts[loop._choose(PROMPTS, 4, load_config(path).run.seed, 1)[3]]
+    bad = prompts[batches._choose(PROMPTS, 4, load_config(path).run.seed, 1)[3]]
     text = path.read_text()
     own = f"rewards:\n  mean: {{name: '{folder}/reward.py:Mean', args: {{bad: '{bad}', world: 1}}}}\n"
     path.write_text(text.replace("rewards:\n  colour: {name: colorfulness}\n", own))

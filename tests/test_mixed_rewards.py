@@ -17,7 +17,8 @@ from chopgrad_align.data.video import read_video
 from chopgrad_align.decode import decode
 from chopgrad_align.errors import UsageError
 from chopgrad_align.objective import Objective
-from chopgrad_align.training import loop, partial
+from chopgrad_align.training import partial
+from chopgrad_align.training.batches import PromptBatches
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.loop import train
 
@@ -221,7 +222,8 @@ def test_a_weight_of_a_reward_that_is_not_there(configure, tmp_path):
 
 
 def test_a_reward_without_spread_cannot_be_normalized(configure, monkeypatch):
-    monkeypatch.setattr(loop, "held_out_pairs", lambda conditions, count: [(conditions[0], 1)] * count)
+    held_out = PromptBatches.held_out
+    monkeypatch.setattr(PromptBatches, "held_out", lambda self, places: held_out(self, [0 for _ in places]))
     with pytest.raises(UsageError, match=r"rewards.colour.normalize: all 2 held-out videos score .* leave it out"):
         train(configure("run"))
 

@@ -33,7 +33,8 @@ def checkpoints(tmp_path_factory):
 
 
 def test_every_config_of_a_published_model_is_tested():
-    assert {path.stem for path in CONFIGS.rglob("*.yaml")} == {"embedded", *MODELS}
+    published = {path.stem for path in CONFIGS.rglob("*.yaml") if "${package:" not in path.read_text()}
+    assert published == MODELS.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,7 @@ from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align.data.video import read_video
 from chopgrad_align.errors import UsageError
-from chopgrad_align.training import loop
+from chopgrad_align.training import batches, loop
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.loop import train
@@ -207,11 +207,11 @@ def test_clipping(configure, gradients, tmp_path):
 
 def test_a_batch_is_drawn_from_shuffled_epochs():
     for count, batch in ((5, 2), (3, 7), (4, 4)):
-        drawn = [i for step in range(10 * count) for i in loop._choose(count, batch, 0, step)]
+        drawn = [i for step in range(10 * count) for i in batches._choose(count, batch, 0, step)]
         epochs = [drawn[i : i + count] for i in range(0, len(drawn), count)]
         assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert loop._choose(50, 8, 0, 3) != loop._choose(50, 8, 1, 3)
+    assert batches._choose(50, 8, 0, 3) != batches._choose(50, 8, 1, 3)
 
 
 # --- resume -----------------------------------------------------------------------------------------------------------

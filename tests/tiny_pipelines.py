@@ -107,6 +107,37 @@ def wan_t2v(scheduler: str = "unipc", two_stage: bool = False):
     )
 
 
+def wan_vace(scheduler: str = "unipc"):
+    """Wan VACE: a control video, a mask and reference images beside the noise."""
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    transformer = WanVACETransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+        vace_layers=[0, 1],
+        vace_in_channels=24,
+        rope_max_seq_len=32,
+    )
+    return _frozen(
+        WanVACEPipeline(
+            tokenizer=_tokenizer(512),
+            text_encoder=_t5(UMT5EncoderModel, UMT5Config),
+            vae=wan_vae(),
+            scheduler=flow_scheduler(scheduler),
+            transformer=transformer,
+        )
+    )
+
+
 def wan_i2v(scheduler: str = "unipc"):
     """Wan 2.1 image-to-video: latents of the image and its mask beside the noise, CLIP tokens beside the text."""
     from diffusers import WanImageToVideoPipeline

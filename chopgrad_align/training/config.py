@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from .. import prediction
 from ..backprop import Backprop, Exact, Full, Truncated
 from ..errors import UsageError
 
@@ -67,11 +68,43 @@ class Lora:
 
 
 @_strict
+class Clips:
+    """Says that the data are clips; without it they are prompts."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """Which column of the metadata holds what: target, caption, and any of degraded, mask, control, image. Default:
+    file_name is the target, and caption the caption."""
+    buckets: list[tuple[Positive, Positive, Positive]] = field(default_factory=list)
+    """Frames, height and width that clips are cut to, the nearest for each file; default that of model.call."""
+    stride: Positive = 1
+    """Every how many frames one is taken."""
+    fps: PositiveFloat | None = None
+    """To which every file is resampled before the stride; default its own."""
+    starts: Positive | None = None
+    """Clips a file, evenly spaced; default: any frame can be the first."""
+    crop: Literal["center", "random", "native"] = "center"
+    degradation: Any = None
+    """Makes `degraded` from the target: a name and its settings, or a list of them."""
+    mask: Any = None
+    """Draws `mask`; what it covers is grey in `degraded`."""
+    caption: str | None = None
+    """Instead of each clip's own."""
+    on_bad_file: Literal["skip", "error"] = "skip"
+    split: str = "train"
+    """Of a Hugging Face data set."""
+    held_out_split: str = "test"
+    cache: str | None = None
+    """Folder that keeps embeddings of captions."""
+
+
+@_strict
 class Data:
     train: str
-    """Prompt file (.txt, .csv, .jsonl) to sample from; see `read_conditions` for images and weights."""
+    """Prompt file (.txt, .csv, .jsonl) to sample from; see `read_conditions` for images and weights. With `clips`: a
+    folder of videos, or a Hugging Face data set."""
     held_out: str
-    """Prompt file to measure with."""
+    """The same, to measure with."""
+    clips: Clips | None = None
 
 
 @_strict
@@ -95,6 +128,37 @@ class Reward:
         if self.cap is not None and self.target is not None:
             raise ValueError("give a cap or a target, not both")
         return self
+
+
+@_strict
+class Loss:
+    name: str
+    """A published name, latent, diffusion, package.module:Class, or path/to/file.py:Class."""
+    weight: PositiveFloat = 1.0
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of its class."""
+
+
+@_strict
+class Prediction:
+    mode: Literal["sample", "one_step", "denoise"] = "sample"
+    """The pipeline's whole sampler; one call of the denoiser on the degraded clip; or one on the noised target."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Which argument of the pipeline's call is which role of the clips, such as {video: degraded, mask: mask}."""
+    source: str = "degraded"
+    """Of one_step: the role that it starts from."""
+    time: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Of one_step: the time of the schedule that the degraded clip is taken for, 1 being pure noise."""
+    times: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.02, 0.98)
+    """Of denoise: lowest and highest time."""
+
+    def policy(self) -> prediction.Prediction:
+        match self.mode:
+            case "one_step":
+                return prediction.OneStep(self.time, self.source, self.columns)
+            case "denoise":
+                return prediction.Denoise(self.times, self.columns)
+        return prediction.Sample(self.columns)
 
 
 @_strict
@@ -156,14 +220,29 @@ class Config:
     run: Run
     model: Model
     data: Data
-    rewards: Annotated[dict[str, Reward], Field(min_length=1)]
-    """Terms of the objective: a name of your own for each."""
     train: Train
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    """Terms of the objective that should rise: a name of your own for each."""
+    losses: dict[str, Loss] = field(default_factory=dict)
+    """Those that should fall."""
+    prediction: Prediction = field(default_factory=Prediction)
     lora: Lora = field(default_factory=Lora)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _objective(self) -> Config:
+        if not (self.rewards or self.losses):
+            raise ValueError("expected at least one term under rewards or losses")
+        if twice := self.rewards.keys() & self.losses.keys():
+            raise ValueError(f"a reward and a loss are both called {min(twice)!r}")
+        if self.data.clips is None and (self.losses or self.prediction.mode != "sample" or self.prediction.columns):
+            raise ValueError(
+                "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"
+            )
+        return self
 
 
 def _package_path(path: str) -> str:
@@ -206,7 +285,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         return TypeAdapter(Config).validate_python(resolved)
     except ValidationError as error:
         # A string in place of a list of strings is allowed: the list's error says so for both.
-        wrong = [_sentence(e) for e in error.errors() if e["loc"][-1] != "str"]
+        wrong = [_sentence(e) for e in error.errors() if e["loc"][-1:] != ("str",)]
         raise UsageError(f"{path}: " + "; ".join(wrong)) from error
 
 
@@ -233,7 +312,7 @@ def _sentence(error: Any) -> str:
         case "list_type" if error["loc"][-1] == "list[str]":
             expected = "a list of strings, or one string"
         case "value_error":
-            return f"{key}: {error['ctx']['error']}"
+            return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
         case _:
             expected = error["msg"].removeprefix("Input should be ")
     return f"{key}: expected {expected}, got {error['input']!r}"

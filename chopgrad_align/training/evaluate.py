@@ -1,8 +1,8 @@
-"""Score the same held-out pairs of prompt and seed, whatever the LoRA is at the moment."""
+"""Score the same held-out pairs of condition and seed, whatever the LoRA is at the moment."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -12,82 +12,83 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.prompts import Condition
 from ..data.video import write_video
-from ..objective import Objective
-
-_SEED_BASE = 1_000_000_000  # far from the seeds of training
+from ..objective import Objective, Reference
+from ..prediction import Prediction
+from .batches import Batches
+from .step import MicroBatch
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The objective of each pair, and the scores of each reward, in the order of the pairs."""
+    """The score of each term and how much it counts, for each pair in order."""
 
-    total: list[float]
     terms: dict[str, list[float]]
-
-    def row(self, step: int) -> dict[str, float]:
-        total = torch.tensor(self.total, dtype=torch.float64)
-        return {
-            "step": step,
-            "heldout/reward_mean": total.mean().item(),
-            "heldout/reward_stderr": total.std().item() / len(total) ** 0.5,
-            **{f"heldout/{name}": fmean(values) for name, values in self.terms.items()},
-        }
+    weights: dict[str, list[float]]
 
 
-def held_out_pairs(conditions: Sequence[Condition], count: int) -> list[tuple[Condition, int]]:
-    """`count` pairs: the conditions in turn, each time with another seed."""
-    return [(conditions[i % len(conditions)], _SEED_BASE + i) for i in range(count)]
-
-
-def pipeline_inputs(pipe: Any, conditions: Sequence[Condition], seeds: Sequence[int]) -> dict[str, Any]:
-    """Arguments of the pipeline's call for these videos: prompts, images and one generator each."""
-    import inspect
-
-    from diffusers.utils import load_image
-
-    inputs: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds]}
-    if "prompt" in inspect.signature(type(pipe).__call__).parameters:
-        inputs["prompt"] = [condition.prompt for condition in conditions]
-    images = [load_image(str(condition.image)) for condition in conditions if condition.image is not None]
-    if images:
-        inputs["image"] = images[0] if len(images) == 1 else images
-    return inputs
+def heldout_row(step: int, totals: Sequence[float], terms: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """A row of metrics from the objective of each pair, and the scores of each term."""
+    total = torch.tensor(totals, dtype=torch.float64)
+    return {
+        "step": step,
+        "heldout/reward_mean": total.mean().item(),
+        "heldout/reward_stderr": total.std().item() / len(total) ** 0.5,
+        **{f"heldout/{name}": fmean(values) for name, values in terms.items()},
+    }
 
 
 @torch.no_grad()
 def evaluate(
     pipe: Any,
     call: dict[str, Any],
+    prediction: Prediction,
     objective: Objective,
-    pairs: Sequence[tuple[Condition, int]],
+    batches: Batches,
+    pairs: int,
     batch: int,
     share: tuple[int, int] = (0, 1),
     videos: tuple[Path, int, float] | None = None,
-) -> dict[str, list[float]]:
-    """Score this process's share of the pairs by each reward; random frames are those of the pair's seed.
+) -> Scores:
+    """Score this process's share of the held-out pairs; random frames are those of the pair's seed.
 
     Args:
+        pairs: How many there are.
+        batch: How many are predicted at a time.
         share: This process's rank and the number of processes.
-        videos: Folder, number and frames per second of the mp4 files to write, of the first pairs of all.
+        videos: Folder, number and frames per second of the mp4 files to write, of the first pairs of all; conditions
+            and targets, if there are any, go into folders beside it, once.
+
+    Returns:
+        Scores of each term, and each term's weights, of the share.
     """
     rank, world = share
-    start, stop = (len(pairs) * k // world for k in (rank, rank + 1))
-    scores: dict[str, list[float]] = {name: [] for name in objective.terms}
+    start, stop = (pairs * k // world for k in (rank, rank + 1))
+    scores = Scores({name: [] for name in objective.terms}, {name: [] for name in objective.terms})
     with tqdm(total=stop - start, desc="held-out", leave=False, disable=rank != 0) as bar:
         for first in range(start, stop, batch):
-            conditions, seeds = zip(*pairs[first : min(first + batch, stop)], strict=True)
-            video: Tensor = pipe(**pipeline_inputs(pipe, conditions, seeds), **call, output_type="pt").frames
-            for name, values in objective.scores(video, [c.prompt for c in conditions], seeds).items():
-                scores[name] += values.tolist()
-            for i, clip in enumerate(video):
-                if videos is not None and first + i < videos[1]:
-                    write_video(videos[0] / f"{first + i:03d}.mp4", clip.float().cpu().clamp(0, 1), videos[2])
-            bar.update(len(conditions))
+            places = range(first, min(first + batch, stop))
+            chosen = batches.held_out(places)
+            video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents)
+            for name, values in objective.scores(video, chosen.prompts, chosen.frame_seeds, reference).items():
+                scores.terms[name] += values.tolist()
+                scores.weights[name] += (chosen.weights or {}).get(name, [1.0] * len(values))
+            if videos is not None:
+                folder, count, fps = videos
+                shown = {folder: video} | {folder.with_name(role): clips for role, clips in chosen.videos.items()}
+                for into, clips in shown.items():
+                    for place, clip in zip(places, clips, strict=True):
+                        path = into / f"{place:03d}.mp4"
+                        if place < count and (into == folder or not path.exists()):
+                            write_video(path, clip.expand(-1, 3, -1, -1).float().cpu().clamp(0, 1), fps)
+            bar.update(len(places))
     return scores
 
 
-def term_weights(objective: Objective, conditions: Sequence[Condition]) -> dict[str, list[float]]:
-    """How much each term counts in each video."""
-    return {name: [condition.weight_of(name) for condition in conditions] for name in objective.terms}
+def predict(
+    pipe: Any, call: dict[str, Any], prediction: Prediction, batch: MicroBatch, latents: bool = False
+) -> tuple[Tensor, Reference]:
+    """Videos `(B, F, 3, H, W)` in [0, 1] by the pipeline's plain call, and what to compare them with."""
+    with prediction.begin(pipe, batch.videos, batch.seeds, False, latents) as begun:
+        video = pipe(**call | dict(batch.inputs) | dict(begun.inputs), output_type="pt").frames
+    return video, begun.reference()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import io
-import itertools
 import json
 import math
 from pathlib import Path
@@ -19,59 +17,55 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
-from ..data.prompts import Condition, read_conditions
+from ..data.order import mix
 from ..errors import UsageError
 from ..evaluation.curves import draw_curves
 from ..evaluation.heldout import Paired, paired
 from ..evaluation.report import write_report
 from ..evaluation.sheet import draw_samples
-from ..objective import Objective, Statistics
+from ..objective import Objective, Statistics, Term
 from ..reward import FrameReward, check_reward
 from ..rollout import check_call
 from ..steps import LastSteps
+from .batches import held_out_seed
 from .config import Config, load_config, to_yaml
-from .evaluate import Scores, evaluate, held_out_pairs, pipeline_inputs, term_weights
+from .data import Data, read_data
+from .evaluate import evaluate, heldout_row
 from .folder import RunFolder, said_in_words
 from .lora import add_lora, load_lora_state, lora_config, lora_parameters, lora_state, save_lora
 from .models import check_model, load_objective, load_pipeline
 from .phases import Phases
-from .step import MicroBatch, Trainee
+from .step import Trainee
 
 _MOST_SKIPS = 3  # non-finite steps in a row
 _STATISTICS = ("initial_statistics", "running_statistics")  # of normalized rewards, in progress.json
 
 
-def check_files(config: Config, resume: bool) -> tuple[list[Condition], list[Condition]]:
-    """What can be checked without loading anything; returns the training and the held-out conditions.
+def check_files(config: Config, resume: bool) -> Data:
+    """What can be checked without loading a model; returns the training and the held-out data.
 
     Raises:
-        UsageError: A run folder, prompt file, model, batch size or tracker that cannot work.
+        UsageError: A run folder, prompt file, folder of videos, model, batch size or tracker that cannot work.
     """
     folder = RunFolder(config.run.folder)
     folder.check(resume)
     if resume:
         _expect_same_run(config, folder)
-    conditions = read_conditions(config.data.train), read_conditions(config.data.held_out)
     check_model(config.model)
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UsageError(f"trackers: {tracker} is not installed: pip install 'chopgrad-align[track]'")
-    for condition in itertools.chain(*conditions):
-        for name in condition.weights:
-            if name not in config.rewards:
-                near = difflib.get_close_matches(name, config.rewards, 1, cutoff=0)[0]
-                raise UsageError(f"data: no reward is called as in the column 'weight.{name}'; the nearest is {near!r}")
-    train, validation = config.train, config.validation
-    if any(c.image for both in conditions for c in both) and max(train.micro_batch, validation.batch) > 1:
-        raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
-    return conditions
+    return read_data(config)
 
 
 def _expect_same_run(config: Config, folder: RunFolder) -> None:
     """A resumed run may be longer, and be watched otherwise, but must compute the same."""
 
     def comparable(c: Config) -> dict[str, str]:
-        sections = {name: repr(getattr(c, name)) for name in ("model", "data", "rewards", "lora", "gradient")}
+        sections = {
+            name: repr(getattr(c, name))
+            for name in ("model", "data", "rewards", "losses", "prediction", "lora", "gradient")
+        }
         train = {f"train.{k}": repr(v) for k, v in vars(c.train).items() if k not in ("steps", "micro_batch")}
         return {**sections, **train, "run.seed": repr(c.run.seed), "validation.pairs": repr(c.validation.pairs)}
 
@@ -94,7 +88,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
             three steps in a row whose loss or gradient is not finite.
     """
     # Everything that can be wrong is looked at first, the cheap things before the slow ones.
-    training, held_out = check_files(config, resume)
+    data = check_files(config, resume)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=config.trackers or None, project_dir=config.run.folder
     )
@@ -111,9 +105,12 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         )
     pipe = load_pipeline(config.model, device)
     call = dict(config.model.call)
-    check_call(pipe, call)
-    objective = load_objective(config.rewards, device)
-    _check_rewards(objective, [c.prompt for c in (held_out * 2)[:2]], call, device)
+    for shape in data.shapes(call):
+        check_call(pipe, shape)
+    objective = load_objective(config.rewards, device, config.losses)
+    prediction = config.prediction.policy()
+    batches = data.batches(pipe, objective, config)
+    _check_rewards(objective, batches.captions(2), call, device)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     torch.manual_seed(config.run.seed)  # the LoRA's first weights
     denoisers = add_lora(pipe, adapter)
@@ -139,7 +136,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
     )
-    pairs = held_out_pairs(held_out, config.validation.pairs)
+    captions = batches.captions(config.validation.pairs)
     first, skipped, before = 0, 0, None
     initial: dict[str, Statistics] = {}  # of the model as it was: with these held-out scores stay comparable
     running: dict[str, Statistics] = {}
@@ -154,25 +151,37 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         if resume:
             folder.rewind(first)
         folder.write(folder.config, _header(config) + to_yaml(config))
-        folder.write(folder.samples / "prompts.json", json.dumps([c.prompt for c, _ in pairs]))
+        folder.write(folder.samples / "prompts.json", json.dumps(captions))
     accelerator.init_trackers("chopgrad_align")
 
-    def measure(step: int, name: str) -> Scores:
+    def measure(step: int, name: str) -> list[float]:
+        """The objective of each held-out pair."""
         nonlocal initial
         for denoiser in denoisers.values():
             denoiser.eval()
         videos = (folder.samples / name, config.validation.videos, config.model.fps)
-        share = evaluate(pipe, call, objective, pairs, config.validation.batch, (rank, world), videos)
+        share = evaluate(
+            pipe,
+            call,
+            prediction,
+            objective,
+            batches,
+            config.validation.pairs,
+            config.validation.batch,
+            (rank, world),
+            videos,
+        )
         shares = gather_object([share])
-        terms = {name: [v for s in shares for v in s[name]] for name in objective.terms}
+        terms = {name: [v for s in shares for v in s.terms[name]] for name in objective.terms}
+        weights = {name: [w for s in shares for w in s.weights[name]] for name in objective.terms}
         initial = initial or objective.first_statistics(terms)
         raw = {name: torch.tensor(values, dtype=torch.float64) for name, values in terms.items()}
-        values = objective.values(raw, term_weights(objective, [c for c, _ in pairs]), initial)
-        scores = Scores(torch.stack([*values.values()]).sum(0).tolist(), terms)
+        totals = torch.stack([*objective.values(raw, weights, initial).values()]).sum(0).tolist()
+        row = heldout_row(step, totals, terms)
         if accelerator.is_main_process:
-            folder.append(scores.row(step))
-        accelerator.log({k: v for k, v in scores.row(step).items() if k != "step"}, step=step)
-        return scores
+            folder.append(row)
+        accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+        return totals
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -190,7 +199,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
 
     # Before.
     if before is None:
-        before = measure(0, "before").total
+        before = measure(0, "before")
         if not all(map(math.isfinite, before)):
             raise UsageError(
                 f"the reward of a held-out video of the model as it is, untrained, is not finite: {before}"
@@ -208,6 +217,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         backprop=config.gradient.policy(),
         batch_size=config.train.batch_size,
         phases=phases,
+        prediction=prediction,
     )
     skips_in_a_row = 0
     bar = tqdm(
@@ -216,23 +226,14 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     for step in bar:
         for denoiser in denoisers.values():
             denoiser.train(config.lora.dropout > 0)
-        torch.manual_seed(_mix(config.run.seed, step, rank))  # dropout, and whatever a decoder draws
+        torch.manual_seed(mix(config.run.seed, step, rank))  # dropout, and whatever a decoder draws
         for group in optimizer.param_groups:
             group["lr"] = config.train.learning_rate * min(1.0, (step + 1) / max(1, config.train.warmup_steps))
 
         # This process's part of the batch, a micro-batch at a time.
-        chosen = _choose(len(training), config.train.batch_size, config.run.seed, step)
         results = []
         for start in range(rank * local, (rank + 1) * local, config.train.micro_batch):
-            places = range(start, start + config.train.micro_batch)
-            conditions = [training[chosen[i]] for i in places]
-            seeds = [_mix(config.run.seed, step, i, 1) for i in places]
-            micro_batch = MicroBatch(
-                inputs=pipeline_inputs(pipe, conditions, seeds),
-                prompts=[condition.prompt for condition in conditions],
-                frame_seeds=[_mix(config.run.seed, step, i, 2) for i in places],
-                weights=term_weights(objective, conditions),
-            )
+            micro_batch = batches.micro_batch(step, range(start, start + config.train.micro_batch))
             results.append(trainee.accumulate(micro_batch, running))
 
         # The pipeline calls the bare denoiser, past the wrapper by which DistributedDataParallel would see the
@@ -278,14 +279,14 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     if accelerator.is_main_process:
         with said_in_words(folder.path):
             save_lora(pipe, denoisers, adapter, folder.lora)
-    after = measure(config.train.steps, "after").total
+    after = measure(config.train.steps, "after")
     result = paired(before, after)
     if accelerator.is_main_process:
         held = {
             "before": before,
             "after": after,
-            "prompts": [c.prompt for c, _ in pairs],
-            "seeds": [s for _, s in pairs],
+            "prompts": captions,
+            "seeds": [held_out_seed(i) for i in range(len(captions))],
         }
         with said_in_words(folder.path):
             folder.write(folder.held_out, json.dumps(held))
@@ -304,6 +305,8 @@ def _header(config: Config) -> str:
 def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any], device: torch.device) -> None:
     size, frames = (call.get("height"), call.get("width")), call.get("num_frames", 5)
     for name, term in objective.terms.items():
+        if not isinstance(term, Term):
+            continue
         check_reward(
             term.reward,
             name,
@@ -313,24 +316,6 @@ def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any
             size=(64, 64) if None in size else size,  # type: ignore[arg-type]
             device=device,
         )
-
-
-def _choose(count: int, batch: int, seed: int, step: int) -> list[int]:
-    """Which conditions the batch of a step has: shuffled epochs, each condition once in each."""
-    order: list[int] = []
-    epoch, start = divmod(step * batch, count)
-    while len(order) < start + batch:
-        order += torch.randperm(count, generator=torch.Generator().manual_seed(_mix(seed, epoch))).tolist()
-        epoch += 1
-    return order[start : start + batch]
-
-
-def _mix(*numbers: int) -> int:
-    """A seed from several numbers (a multiplicative hash; 63 bits)."""
-    value = 0
-    for number in numbers:
-        value = (value * 6364136223846793005 + number + 1442695040888963407) % 2**63
-    return value
 
 
 def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

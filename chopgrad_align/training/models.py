@@ -5,16 +5,20 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..errors import UsageError
-from ..objective import Objective, Term
+from ..losses import load_loss
+from ..objective import LatentTerm, LossTerm, Objective, Term
 from ..reward import load_reward
 from ..reward.loading import to_device
-from .config import Model, Reward
+from .config import Loss, Model, Reward
+
+_LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffusion": "outputs"}
 
 
 def check_pipeline(name: str, argument: str) -> None:
@@ -82,9 +86,18 @@ def _scheduler(pipe: Any, settings: dict[str, Any]) -> Any:
     return cls.from_config(pipe.scheduler.config, **settings)
 
 
-def load_objective(rewards: dict[str, Reward], device: torch.device) -> Objective:
-    terms = {}
+def load_objective(
+    rewards: dict[str, Reward], device: torch.device, losses: Mapping[str, Loss] | None = None
+) -> Objective:
+    terms: dict[str, Term | LossTerm | LatentTerm] = {}
     for key, reward in rewards.items():
         loaded = to_device(load_reward(reward.name, **reward.args), device)
         terms[key] = Term(loaded, reward.weight, reward.cap, reward.target, reward.normalize)
+    for key, loss in (losses or {}).items():
+        if loss.name in _LATENT:
+            if loss.args:
+                raise UsageError(f"losses.{key}.args: {loss.name!r} takes none")
+            terms[key] = LatentTerm(_LATENT[loss.name], loss.weight)
+        else:
+            terms[key] = LossTerm(to_device(load_loss(loss.name, **loss.args), device), loss.weight)
     return Objective(terms)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..backprop import Backprop
 from ..objective import Objective, Statistics
+from ..prediction import Prediction, Sample
+from ..prediction.protocol import Videos
 from ..rollout import differentiable
 from ..steps import LastSteps
 from .partial import decode_read
@@ -26,13 +28,17 @@ class MicroBatch:
         inputs: Of the pipeline's call, for these videos: prompts or their embeddings, images, generators.
         prompts: What the rewards are told.
         frame_seeds: Decide which frames random samplers choose, one a video.
-        weights: How much each term counts in each video.
+        weights: How much each term counts in each video; default 1.
+        seeds: Of what the prediction draws, one a video.
+        videos: Of data with clips: `(B, F, C, H, W)` in [0, 1] for each role.
     """
 
     inputs: Mapping[str, Any]
     prompts: list[str]
     frame_seeds: list[int]
-    weights: Mapping[str, list[float]]
+    weights: Mapping[str, list[float]] | None = None
+    seeds: Sequence[int] = ()
+    videos: Videos = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Trainee:
         batch_size: Videos for one optimizer step, over all processes; the loss is their mean.
         phases: A context for each named part, for what measures them.
         decode: How to decode; `decode_read` with all its arguments.
+        prediction: How the pipeline's call predicts a video.
     """
 
     pipe: Any
@@ -56,6 +63,7 @@ class Trainee:
     batch_size: int
     phases: Callable[[str], AbstractContextManager[None]]
     decode: Callable[..., Tensor] = decode_read
+    prediction: Prediction = field(default_factory=Sample)
 
     def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
         """Add the gradient of a micro-batch to the trained weights.
@@ -67,16 +75,22 @@ class Trainee:
             A row for each video, float32: the objective, the score of each term, the value of each term.
         """
 
+        call = {**self.call, **batch.inputs}
         read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
 
         def decode(*args: Any, **kwargs: Any) -> Tensor:
             with self.phases("decoding"):
-                return self.decode(*args, read=read, expected=self.call.get("num_frames"), **kwargs)
+                return self.decode(*args, read=read, expected=call.get("num_frames"), **kwargs)
 
-        with self.phases("sampling"), differentiable(self.pipe, self.steps, self.backprop, decode) as sample:
-            video = sample(**batch.inputs, **self.call, output_type="pt").frames
+        with (
+            self.phases("sampling"),
+            self.prediction.begin(self.pipe, batch.videos, batch.seeds, True, self.objective.reads_latents) as begun,
+            differentiable(self.pipe, self.steps, self.backprop, decode) as sample,
+        ):
+            output_type = "pt" if self.objective.reads_pixels else "latent"
+            video = sample(**{**call, **begun.inputs}, output_type=output_type).frames
         with self.phases("reward"):
-            scores = self.objective.scores(video, batch.prompts, batch.frame_seeds)
+            scores = self.objective.scores(video, batch.prompts, batch.frame_seeds, begun.reference())
             values = self.objective.values(scores, batch.weights, statistics)
             total = torch.stack([*values.values()]).sum(0)
         with self.phases("backward"):

@@ -1,0 +1,46 @@
+"""Predict by one call of the denoiser, from the degraded clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UsageError
+from .columns import arguments
+from .latents import encode
+from .one_call import one_call, path_of
+from .protocol import Begun, Videos
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """The degraded clip's latents are taken for noisy ones of a fixed time, and denoised in one step.
+
+    So a text-to-video model becomes a restorer that costs one call: the recipe of one-step video super-resolution, such
+    as DOVE (arXiv 2505.16239).
+
+    Args:
+        time: In (0, 1]: of the schedule; where the model believes to be. In flow matching it is the noise's share.
+        source: The role of the data that it starts from.
+        columns: Further conditions, as for `Sample`.
+    """
+
+    time: float = 0.4
+    source: str = "degraded"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
+        """As `Prediction.begin`."""
+        if self.source not in videos:
+            raise UsageError(
+                f"prediction.source: the data has no role {self.source!r}. It has: {', '.join(videos) or 'none'}"
+            )
+        start = encode(pipe, videos[self.source])
+        true = encode(pipe, videos["target"]) if latents else None
+        path = path_of(pipe.scheduler)
+        with one_call(pipe, path, self.time) as call:
+            inputs = {"latents": start, **call.inputs, **arguments(self.columns, videos)}
+            yield Begun(inputs, lambda: call.reference(videos, true, None))

@@ -1,0 +1,158 @@
+"""Micro-batches from the data of a run: prompts, or clips with their targets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from ..data.clips import Clip, Clips
+from ..data.order import mix
+from ..data.prompts import Condition
+from ..objective import Objective
+from .step import MicroBatch
+
+_HELD_OUT = 1_000_000_000  # far from the seeds of training
+
+
+def held_out_seed(place: int) -> int:
+    """The seed of a held-out pair."""
+    return _HELD_OUT + place
+
+
+class Batches(Protocol):
+    """What the trainer reads. Everything is a function of the seed, the step and the place in the batch."""
+
+    def micro_batch(self, step: int, places: range) -> MicroBatch:
+        """Some places of the batch of a step."""
+        ...
+
+    def held_out(self, places: range) -> MicroBatch:
+        """Some of the held-out pairs of condition and seed."""
+        ...
+
+    def captions(self, count: int) -> list[str]:
+        """Of the first held-out pairs."""
+        ...
+
+
+class PromptBatches:
+    """Prompts and images, each once in every shuffled epoch.
+
+    Args:
+        pipe: Whose call they are for.
+        objective: Whose terms their weights are of.
+        training: What to sample from.
+        held_out: What to measure with; in turn, each time with another seed.
+        batch_size: Over all processes.
+        seed: Of the run.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        objective: Objective,
+        training: Sequence[Condition],
+        held_out: Sequence[Condition],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._pipe, self._terms, self._batch_size, self._seed = pipe, list(objective.terms), batch_size, seed
+        self._training, self._held_out = training, held_out
+
+    def micro_batch(self, step: int, places: range) -> MicroBatch:
+        chosen = _choose(len(self._training), self._batch_size, self._seed, step)
+        conditions = [self._training[chosen[i]] for i in places]
+        seeds = [mix(self._seed, step, i, 1) for i in places]
+        return self._made(conditions, seeds, [mix(self._seed, step, i, 2) for i in places])
+
+    def held_out(self, places: range) -> MicroBatch:
+        seeds = [held_out_seed(i) for i in places]
+        return self._made([self._held_out[i % len(self._held_out)] for i in places], seeds, seeds)
+
+    def captions(self, count: int) -> list[str]:
+        return [self._held_out[i % len(self._held_out)].prompt for i in range(count)]
+
+    def _made(self, conditions: Sequence[Condition], seeds: list[int], frame_seeds: list[int]) -> MicroBatch:
+        from diffusers.utils import load_image
+
+        prompts = [condition.prompt for condition in conditions]
+        inputs = call_inputs(self._pipe, prompts, seeds)
+        images = [load_image(str(condition.image)) for condition in conditions if condition.image is not None]
+        if images:
+            inputs["image"] = images[0] if len(images) == 1 else images
+        weights = {name: [condition.weight_of(name) for condition in conditions] for name in self._terms}
+        return MicroBatch(inputs, prompts, frame_seeds, weights, seeds)
+
+
+class ClipBatches:
+    """Clips with their captions, targets and conditions; all clips of a batch are of one shape.
+
+    Args:
+        pipe: Whose call they are for; its device is theirs.
+        training: What to train on.
+        held_out: What to measure with; in turn, each time another clip of the file.
+        batch_size: Over all processes.
+        seed: Of the run.
+        caption: Instead of each clip's own.
+    """
+
+    def __init__(
+        self, pipe: Any, training: Clips, held_out: Clips, batch_size: int, seed: int, caption: str | None = None
+    ) -> None:
+        self._pipe, self._batch_size, self._seed, self._caption = pipe, batch_size, seed, caption
+        self._training, self._held_out = training, held_out
+
+    def micro_batch(self, step: int, places: range) -> MicroBatch:
+        chosen = self._training.batch(step, self._batch_size, self._seed)
+        clips = [self._training.clip(chosen[i], self._seed, step, i) for i in places]
+        return self._made(clips, [mix(self._seed, step, i, 1) for i in places])
+
+    def held_out(self, places: range) -> MicroBatch:
+        return self._made([held_out_clip(self._held_out, i) for i in places], [held_out_seed(i) for i in places])
+
+    def captions(self, count: int) -> list[str]:
+        return [self._text(held_out_clip(self._held_out, i)) for i in range(count)]
+
+    def _text(self, clip: Clip) -> str:
+        return clip.caption if self._caption is None else self._caption
+
+    def _made(self, clips: Sequence[Clip], seeds: list[int]) -> MicroBatch:
+        return clip_batch(self._pipe, clips, [self._text(clip) for clip in clips], seeds)
+
+
+def held_out_clip(clips: Clips, place: int) -> Clip:
+    """The clip of a held-out pair: the files in turn, each time another clip."""
+    return clips.clip(place % len(clips), _HELD_OUT, 0, place)
+
+
+def clip_batch(pipe: Any, clips: Sequence[Clip], captions: list[str], seeds: list[int]) -> MicroBatch:
+    """Clips of one shape, for one call of the pipeline of that shape."""
+    videos = {role: torch.stack([clip.videos[role] for clip in clips]).to(pipe.device) for role in clips[0].videos}
+    frames, _, height, width = clips[0].videos["target"].shape
+    shape = {"num_frames": frames, "height": height, "width": width}
+    return MicroBatch(
+        call_inputs(pipe, captions, seeds) | shape, captions, frame_seeds=seeds, seeds=seeds, videos=videos
+    )
+
+
+def call_inputs(pipe: Any, prompts: list[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Arguments of the pipeline's call for these videos: a generator each, and the prompts if it takes any."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    # Not in lists if it is one: some pipelines take none.
+    inputs: dict[str, Any] = {"generator": generators if len(generators) > 1 else generators[0]}
+    if "prompt" in inspect.signature(type(pipe).__call__).parameters:
+        inputs["prompt"] = prompts if len(prompts) > 1 else prompts[0]
+    return inputs
+
+
+def _choose(count: int, batch: int, seed: int, step: int) -> list[int]:
+    """Which conditions the batch of a step has: shuffled epochs, each condition once in each."""
+    order: list[int] = []
+    epoch, start = divmod(step * batch, count)
+    while len(order) < start + batch:
+        order += torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch))).tolist()
+        epoch += 1
+    return order[start : start + batch]

@@ -1,0 +1,128 @@
+"""The data that a config names, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..data.buckets import Bucket
+from ..data.clips import Clips
+from ..data.prompts import Condition, read_conditions
+from ..data.source import Row
+from ..errors import UsageError
+from ..objective import Objective
+from .batches import Batches, ClipBatches, PromptBatches
+from .config import Clips as ClipsConfig
+from .config import Config
+
+
+class Data(Protocol):
+    """Training and held-out data of a run."""
+
+    def shapes(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The pipeline's call for each shape of video that the data ask for."""
+        ...
+
+    def batches(self, pipe: Any, objective: Objective, config: Config) -> Batches:
+        """What the trainer reads."""
+        ...
+
+
+def read_data(config: Config) -> Data:
+    """List what `config.data` names, and look at all files of clips.
+
+    Raises:
+        UsageError: There is no such data, they do not fit the rest of the config, or none of them can be used.
+    """
+    return _clip_data(config, config.data.clips) if config.data.clips else _prompt_data(config)
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """Prompts and first images."""
+
+    training: list[Condition]
+    held_out: list[Condition]
+
+    def shapes(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [dict(call)]
+
+    def batches(self, pipe: Any, objective: Objective, config: Config) -> PromptBatches:
+        return PromptBatches(pipe, objective, self.training, self.held_out, config.train.batch_size, config.run.seed)
+
+
+def _prompt_data(config: Config) -> PromptData:
+    data = PromptData(read_conditions(config.data.train), read_conditions(config.data.held_out))
+    both = data.training + data.held_out
+    for condition in both:
+        for name in condition.weights:
+            if name not in config.rewards:
+                near = difflib.get_close_matches(name, config.rewards, 1, cutoff=0)[0]
+                raise UsageError(f"data: no reward is called as in the column 'weight.{name}'; the nearest is {near!r}")
+    if any(c.image for c in both) and max(config.train.micro_batch, config.validation.batch) > 1:
+        raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
+    return data
+
+
+@dataclass(frozen=True)
+class ClipData:
+    """Clips with targets."""
+
+    training: Clips
+    held_out: Clips
+    buckets: list[Bucket]
+
+    def shapes(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [{**call, "num_frames": b.frames, "height": b.height, "width": b.width} for b in self.buckets]
+
+    def batches(self, pipe: Any, objective: Objective, config: Config) -> ClipBatches:
+        caption = config.data.clips.caption if config.data.clips else None
+        return ClipBatches(pipe, self.training, self.held_out, config.train.batch_size, config.run.seed, caption)
+
+
+def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
+    call = config.model.call
+    missing = [key for key in ("num_frames", "height", "width") if key not in call]
+    if not clips.buckets and missing:
+        raise UsageError(f"data.clips: their shape is not known: give data.clips.buckets, or model.call.{missing[0]}")
+    shapes = clips.buckets or [(call["num_frames"], call["height"], call["width"])]
+    buckets = [Bucket(*shape) for shape in shapes]
+    if len(buckets) > 1 and config.validation.batch > 1:
+        raise UsageError("clips of several buckets do not stack: set validation.batch=1")
+    return ClipData(
+        _clips(config.data.train, clips.split, clips, buckets),
+        _clips(config.data.held_out, clips.held_out_split, clips, buckets),
+        buckets,
+    )
+
+
+def _clips(name: str, split: str, config: ClipsConfig, buckets: list[Bucket]) -> Clips:
+    from ..data.degradations import load_degradation, load_mask
+
+    clips = Clips(
+        _rows(name, split, config),
+        buckets,
+        stride=config.stride,
+        fps=config.fps,
+        starts=config.starts,
+        crop=config.crop,
+        degradation=None if config.degradation is None else load_degradation(config.degradation),
+        mask=None if config.mask is None else load_mask(config.mask),
+        on_bad_file=config.on_bad_file,
+    )
+    if clips.bad:
+        print(f"{name}: {clips.summary()}")
+    return clips
+
+
+def _rows(name: str, split: str, config: ClipsConfig) -> list[Row]:
+    from ..data.table import read_dataset
+    from ..data.videofolder import COLUMNS, read_folder
+
+    saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    if Path(name).exists() and not saved:
+        return read_folder(name, config.columns)
+    return read_dataset(name, config.columns or COLUMNS, split)

@@ -1,0 +1,92 @@
+"""Predict clips as a run's config says: what the evaluation compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data.clips import Clip
+from ..errors import UsageError
+from .batches import clip_batch, held_out_clip, held_out_seed
+from .config import Config
+from .data import ClipData, read_data
+from .evaluate import predict
+from .lora import lora_file
+from .models import load_pipeline
+
+
+class HeldOutClips:
+    """The held-out clips of a config, in the order of its held-out pairs; read when they are asked for.
+
+    Args:
+        config: With a section `data.clips`.
+        count: How many; beyond the number of files, each time another clip of them. Default: one a file.
+
+    Raises:
+        UsageError: The data are not clips, or none can be read.
+    """
+
+    def __init__(self, config: Config, count: int | None = None) -> None:
+        data = read_data(config)
+        if not isinstance(data, ClipData):
+            raise UsageError("expected a config whose data are clips (data.clips)")
+        self._clips = data.held_out
+        self._count = len(self._clips) if count is None else count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (held_out_clip(self._clips, place) for place in range(self._count))
+
+
+def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Callable[[Clip], Tensor]]:
+    """What each LoRA makes of a clip, on one pipeline that is loaded once.
+
+    Args:
+        config: Its model and prediction are used, and the captions of its data.
+        loras: Folder or file of each; None is the model as it is.
+
+    Returns:
+        For each name a function from a clip to a video `(F, 3, H, W)` in [0, 1], float32 on the CPU. What it draws is a
+        function of the place of the call, so that all methods start from the same noise.
+
+    Raises:
+        UsageError: Files that are not there or do not fit the pipeline.
+    """
+    files = {name: None if lora is None else lora_file(lora) for name, lora in loras.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(config.model, device)
+    for name, file in files.items():
+        if file is not None:
+            try:
+                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UsageError(f"{file} does not fit {config.model.name} ({reason})") from error
+    prediction, call = config.prediction.policy(), dict(config.model.call)
+    caption = config.data.clips.caption if config.data.clips else None
+
+    def restorer(name: str) -> Callable[[Clip], Tensor]:
+        place = 0
+
+        def restore(clip: Clip) -> Tensor:
+            nonlocal place
+            if any(file is not None for file in files.values()):
+                if files[name] is None:
+                    pipe.disable_lora()
+                else:
+                    pipe.enable_lora()
+                    pipe.set_adapters(name)
+            batch = clip_batch(pipe, [clip], [clip.caption if caption is None else caption], [held_out_seed(place)])
+            place += 1
+            with torch.no_grad():
+                video, _ = predict(pipe, call, prediction, batch)
+            return video[0].float().cpu().clamp(0, 1)
+
+        return restore
+
+    return {name: restorer(name) for name in files}
