@@ -217,3 +217,12 @@ def test_from_the_command_line(least, tmp_path):
     expected = f"error: {least}: unknown key 'train.learning_rat'; the nearest at train is 'learning_rate'\n"
     assert failed.stderr == expected
     assert not failed.stdout
+
+
+def test_a_key_can_be_left_out(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(LEAST.replace("rewards:\n", "rewards:\n  other: {name: sharpness}\n"))
+    assert load_config(path).rewards.keys() == {"colour", "other"}
+    assert load_config(path, ["~rewards.other"]).rewards.keys() == {"colour"}
+    with pytest.raises(UsageError, match=r"'~rewards.others' leaves out a key that the config does not have"):
+        load_config(path, ["~rewards.others"])

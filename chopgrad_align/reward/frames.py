@@ -35,7 +35,7 @@ class Uniform(FrameSampler):
     count: int
 
     def __post_init__(self) -> None:
-        _expect_whole(self.count)
+        whole_number("frames", self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         if self.count >= total:
@@ -52,7 +52,7 @@ class Random(FrameSampler):
     count: int
 
     def __post_init__(self) -> None:
-        _expect_whole(self.count)
+        whole_number("frames", self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
@@ -79,7 +79,7 @@ class First(FrameSampler):
     count: int = 1
 
     def __post_init__(self) -> None:
-        _expect_whole(self.count)
+        whole_number("frames", self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         return list(range(min(self.count, total)))

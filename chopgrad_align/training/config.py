@@ -254,7 +254,9 @@ def _configs_path(path: str) -> str:
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file (default: the embedded one) and apply `key.sub=value` overrides.
+    """Read a config file (default: the embedded one) and apply overrides.
+
+    `key.sub=value` sets a key, `~key.sub` leaves it out.
 
     `${package:PATH}` and `${configs:PATH}` in a value are files of the installed package and of its configs; paths are
     otherwise relative to the current folder.
@@ -275,6 +277,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         if not isinstance(tree, DictConfig):
             raise UsageError(f"the config {path} must be a mapping of sections, such as run, model and train")
     for override in overrides:
+        if override.startswith("~"):
+            _delete(tree, override[1:])
+            continue
         if "=" not in override or override.startswith(("-", "=")):
             raise UsageError(f"cannot read the override {override!r}; write key.sub=value")
         with _readable(f"override {override!r}"):
@@ -287,6 +292,14 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         # A string in place of a list of strings is allowed: the list's error says so for both.
         wrong = [_sentence(e) for e in error.errors() if e["loc"][-1:] != ("str",)]
         raise UsageError(f"{path}: " + "; ".join(wrong)) from error
+
+
+def _delete(tree: DictConfig, key: str) -> None:
+    section, _, name = key.rpartition(".")
+    parent = OmegaConf.select(tree, section) if section else tree
+    if not isinstance(parent, DictConfig) or name not in parent:
+        raise UsageError(f"the override '~{key}' leaves out a key that the config does not have")
+    del parent[name]
 
 
 @contextmanager
