@@ -12,6 +12,11 @@ import torch
 from ..errors import UsageError
 
 
+def _expect_whole(number: object) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise UsageError(f"frames: expected a whole number, 1 or more, got {number!r}")
+
+
 class FrameSampler(ABC):
     """A choice of frames: a function of the length of the video and, for `Random`, of a seed."""
 
@@ -35,7 +40,7 @@ class Uniform(FrameSampler):
     count: int
 
     def __post_init__(self) -> None:
-        whole_number("frames", self.count)
+        _expect_whole(self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         if self.count >= total:
@@ -52,7 +57,7 @@ class Random(FrameSampler):
     count: int
 
     def __post_init__(self) -> None:
-        whole_number("frames", self.count)
+        _expect_whole(self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
@@ -79,7 +84,7 @@ class First(FrameSampler):
     count: int = 1
 
     def __post_init__(self) -> None:
-        whole_number("frames", self.count)
+        _expect_whole(self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         return list(range(min(self.count, total)))
@@ -148,8 +153,3 @@ def frame_sampler(frames: Frames) -> FrameSampler:
         f"or one of {', '.join(f'{{{kind}: 4}}' for kind in _COUNTED)}"
         + (f"; did you mean {close[0]!r}?" if close else "")
     )
-
-
-def _expect_whole(number: object) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise UsageError(f"frames: expected a whole number, 1 or more, got {number!r}")
