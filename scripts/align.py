@@ -29,7 +29,7 @@ def main() -> None:
 
         result = train(config, resume=args.resume, dry_run=args.dry_run)
         if result is not None:
-            print(f"held-out reward: {result}")
+            print(f"held-out {'objective' if config.losses else 'reward'}: {result}")
             print(f"look at {config.run.folder}/report.html; the LoRA is in {config.run.folder}/lora")
 
 

@@ -2,11 +2,12 @@
 
 import csv
 import json
+import runpy
 
 import pytest
 import tiny_pipelines
 import torch
-from tiny_runs import rows
+from tiny_runs import ROOT, rows
 
 from chopgrad_align import Exact, Full, LastSteps
 from chopgrad_align.data.video import write_video
@@ -417,3 +418,43 @@ def test_what_is_wrong_is_said_before_training(configure, tmp_path, overrides, m
     with pytest.raises(UsageError, match=message):
         train(configure(*overrides))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# --- shipped configs --------------------------------------------------------------------------------------------------
+
+CONFIGS = ROOT / "configs"
+write_clips = runpy.run_path(str(ROOT / "scripts" / "make_clips.py"))["write_clips"]
+_CONFIGS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if load_config(path).data.clips is not None)
+_STAND_INS = {"cogvideox": ("cogvideox", 9), "vace": ("wan_vace", 5)}
+"""Of other models than Wan T2V: the tiny pipeline, and its least number of frames."""
+
+
+def test_there_is_a_config_for_every_task():
+    assert {"sr_x4", "inpaint", "inpaint_language", "enhance_render", "control"} <= set(_CONFIGS)
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_two_steps_of_a_shipped_config(name, tmp_path):
+    """With a tiny model of the same classes, small clips, and losses that need no checkpoint."""
+    make, frames = next((stand_in for word, stand_in in _STAND_INS.items() if word in name), ("wan_t2v", 5))
+    getattr(tiny_pipelines, make)().save_pretrained(tmp_path / "model")
+    write_clips(tmp_path / "clips", 2, frames + 3, 32, seed=0, held_out=False)
+    run = tmp_path / "run"
+    config = load_config(
+        CONFIGS / f"{name}.yaml",
+        [
+            f"run.folder={run}",
+            f"model.name={tmp_path / 'model'}",
+            *("model.dtype=float32", "model.vae_dtype=float32", "model.call.height=16", "model.call.width=16"),
+            *(f"model.call.num_frames={frames}", "model.call.num_inference_steps=2"),
+            *(f"data.{part}={tmp_path / 'clips'}" for part in ("train", "held_out")),
+            *("data.clips.fps=null", "lora.targets=[to_q, to_v]", "lora.rank=2", "train.steps=2"),
+            *("train.batch_size=2", "train.micro_batch=1", "validation.pairs=2", "validation.videos=1"),
+            *("validation.batch=1", "validation.every=0"),
+            *(["~losses.dists"] if "dists" in load_config(CONFIGS / f"{name}.yaml").losses else []),
+        ],
+    )
+    train(config)
+    training = rows(run)
+    assert len(training) == 2
+    assert all(row["grad_norm"] > 0 for row in training)

@@ -193,7 +193,7 @@ def test_a_reward_of_frames_together():
         ({"frames": True}, r"whole number, 1 or more, got True$"),
         ({"frames": {"random": "all"}}, r"whole number, 1 or more, got 'all'$"),
         ({"frames": {"stride": -1}}, r"whole number, 1 or more, got -1$"),
-        ({"frames": "frist"}, r"frames='frist': expected .* \{stride: 4\}; did you mean 'first'\?$"),
+        ({"frames": "frist"}, r"frames='frist': expected .* \{stride: 4\}, \{first: 4\}; did you mean 'first'\?$"),
         ({"frames": {"rand": 4}}, r"frames=\{'rand': 4\}: expected a whole .*; did you mean 'random'\?$"),
         ({"frames": {"random": 4, "stride": 2}}, r"expected a whole number, all, first, last, first\+last, or one of"),
         ({"frames": [0, 3]}, r"frames=\[0, 3\]: expected"),

@@ -29,8 +29,7 @@ class _Clip:
 @dataclass(frozen=True)
 class _Sample:
     prompt: str
-    before: _Clip | None
-    after: _Clip | None
+    sides: list[tuple[str, _Clip | None]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ def write_report(run: str | Path) -> Path:
     """Write `report.html` into a run folder, from what the folder holds; every part may be missing.
 
     Read are `heldout.json` (`before`, `after`, and optionally `prompts`, `seeds`), `curves.png`, `metrics.jsonl`,
-    `samples/{before,after}/NNN.mp4` with `samples/prompts.json`, `config.yaml` and `environment.json` (an object).
+    `samples/{before,after}/NNN.mp4` (and `control`, `degraded`, `target`) with `samples/prompts.json`, `config.yaml`
+    and `environment.json` (an object).
     Videos and pictures are embedded, so the page is a third larger than they are.
 
     Raises:
@@ -118,12 +118,14 @@ def _summary(run: Path) -> list[tuple[str, str]]:
 
 def _samples(folder: Path) -> list[_Sample]:
     prompts = _read_json(folder / "prompts.json", list) or []
+    # Of runs with clips also what a prediction starts from, and what it should be.
+    shown = ("control", "degraded", "before", "after", "target")
+    sides = [side for side in shown if side in ("before", "after") or (folder / side).is_dir()]
     names = sorted({path.name for side in ("before", "after") for path in (folder / side).glob("*.mp4")})
     return [
         _Sample(
             prompts[int(name[:-4])] if name[:-4].isdecimal() and int(name[:-4]) < len(prompts) else "",
-            _clip(folder / "before" / name),
-            _clip(folder / "after" / name),
+            [(side, _clip(folder / side / name)) for side in sides],
         )
         for name in names
     ]
