@@ -1,0 +1,313 @@
+"""The memory of one training step: the trainer's own code, run once, with every storage counted."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ..backprop import Backprop
+from ..errors import UsageError
+from ..memory import StorageCount
+from ..objective import Objective, Statistics, Term
+from ..reward import FrameReward
+from ..rollout import check_call
+from ..steps import LastSteps
+from ..training.config import Config
+from ..training.lora import add_lora, lora_config, lora_parameters
+from ..training.models import load_objective, load_pipeline
+from ..training.partial import decode_read
+from ..training.step import MicroBatch, Trainee
+from .stand_ins import known_models, write_hub, write_pipeline
+from .weightless import Simulation, simulated, weightless
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a phase: on the device with all that stays there, and of what waits in host memory."""
+
+    device: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one training step.
+
+    Attributes:
+        resident: Bytes that stay on the device, by what they are: the components of the pipeline with the LoRA, the
+            rewards, and the optimizer's state.
+        phases: The peak of each phase, in order; up to the first that took more than the limit, if there was one.
+        chunks: Of the rewards that score frames alone, how many they score at a time.
+    """
+
+    resident: dict[str, int]
+    phases: dict[str, Memory]
+    chunks: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(memory.device for memory in self.phases.values())
+
+    @property
+    def host(self) -> int:
+        return max(memory.host for memory in self.phases.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether all phases are there."""
+        return "optimizer" in self.phases
+
+    @property
+    def largest(self) -> str:
+        """The phase that needs most of the device."""
+        return max(self.phases, key=lambda name: self.phases[name].device)
+
+
+class TooLarge(Exception):
+    """A phase took more than it may, so that the rest of the step does not matter."""
+
+
+class PhasePeaks:
+    """The peaks of named phases, for `Trainee.phases`.
+
+    A phase inside another counts for the inner one alone, and so does what the outer one does after it, because the
+    inner one's tensors are still there. The backward pass begins with the rewards'.
+
+    Args:
+        count: What they are read from.
+        weights: Bytes of the device to be added.
+        limit: After a phase that took more, `TooLarge` is raised; not after the last but one.
+    """
+
+    def __init__(self, count: StorageCount, weights: int, limit: float) -> None:
+        self._count, self._weights, self._limit = count, weights, limit
+        self._open: list[str] = []
+        self.peaks: dict[str, Memory] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._measure()
+        if self._open:
+            self._check(self._open[-1])
+        self._open.append("reward backward" if name == "backward" else name)
+        try:
+            yield
+        finally:
+            self._measure()
+            ended = self._open.pop()
+            if self._open:
+                self._open[-1] = ended
+        self._check(ended)
+
+    def turn(self, name: str) -> None:
+        """From here on, the innermost phase has another name."""
+        self._measure()
+        self._check(self._open[-1])
+        self._open[-1] = name
+
+    def _measure(self) -> None:
+        count = self._count
+        if self._open:
+            name = self._open[-1]
+            before = self.peaks.get(name, Memory(0, 0))
+            device, host = self._weights + count.peak, count.host_peak
+            self.peaks[name] = Memory(max(before.device, device), max(before.host, host))
+        count.peak, count.host_peak = count.now, count.host
+
+    def _check(self, ended: str) -> None:
+        # The optimizer's step costs nothing to count, and makes the figures complete.
+        if self.peaks[ended].device > self._limit and ended != "denoiser backward":
+            raise TooLarge
+
+
+def simulate(config: Config, limit: float = math.inf) -> Figures:
+    """The memory of a training step of this run, without its weights and without a GPU.
+
+    Sampling takes one step more than carry gradient: further ones repeat the same peak. The text encoder's weights
+    count, its run does not: prompt embeddings are given. Buffers inside a kernel are not seen.
+
+    Args:
+        limit: Bytes of the device: after a phase that takes more, the others are not looked at.
+
+    Raises:
+        UsageError: A model that is neither a folder nor known, a call that the pipeline does not take, a reward whose
+            checkpoint is not known, or data of clips.
+    """
+    if config.data.clips is not None:
+        raise UsageError("data.clips: the planner knows runs on prompts only; leave clips, losses and prediction out")
+    mode = Simulation()
+    with tempfile.TemporaryDirectory() as temporary:
+        hub, folder = Path(temporary, "hub"), Path(temporary, "model")
+        write_hub(hub)
+        name = config.model.name
+        if not Path(name).is_dir():
+            if name not in known_models():
+                raise UsageError(
+                    f"model.name: the planner has no shapes for {name!r}; give a folder with the pipeline's "
+                    f"configuration files, or one of {', '.join(known_models())}"
+                )
+            write_pipeline(known_models()[name], folder)
+            name = str(folder)
+        with weightless(mode, hub):
+            config = replace(config, model=replace(config.model, name=name))  # type: ignore[type-var]
+            loaded = load(config, mode)
+            with simulated(mode, loaded.pipe.scheduler), _refusals(loaded.pipe):
+                return one_step(config, loaded, limit)
+
+
+@contextmanager
+def _refusals(pipe: Any) -> Iterator[None]:
+    """Within the context, a call whose arguments the pipeline itself refuses is a UsageError."""
+    check = pipe.check_inputs
+
+    @functools.wraps(check)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        try:
+            check(*args, **kwargs)
+        except ValueError as error:
+            raise UsageError(f"model.call: {type(pipe).__name__} refuses it: {error}") from error
+
+    with mock.patch.object(pipe, "check_inputs", checked):
+        yield
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run's models, ready for training."""
+
+    pipe: Any
+    objective: Objective
+    parameters: list[nn.Parameter]
+
+
+def load(config: Config, new_weights: AbstractContextManager[Any]) -> Loaded:
+    """Load what a run trains with, as the trainer does; `new_weights` is the context in which its LoRA is made."""
+    pipe = load_pipeline(config.model, torch.device("cpu"))
+    check_call(pipe, config.model.call)
+    objective = _objective(config)
+    adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
+    with new_weights:
+        denoisers = add_lora(pipe, adapter)
+    for denoiser in denoisers.values():
+        denoiser.train(config.lora.dropout > 0)
+        if config.model.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+    return Loaded(pipe, objective, lora_parameters(denoisers))
+
+
+def _objective(config: Config) -> Objective:
+    try:
+        return load_objective(config.rewards, torch.device("cpu"))
+    except UsageError as error:
+        if isinstance(error.__cause__, OSError):  # a file that is not there, or not on the hub
+            raise UsageError(
+                f"{error} The planner downloads nothing: it has the shapes of the default checkpoints of "
+                "aesthetic, hps_v2 and pick_score; give the others as local files"
+            ) from error
+        raise
+
+
+def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures:
+    """Count what the last micro-batch and the optimizer's step of any training step but the first allocate.
+
+    The weights, real or fake, were made before, and are added.
+    """
+    resident = {
+        name: _bytes(module) for name, module in loaded.pipe.components.items() if isinstance(module, nn.Module)
+    }
+    rewards = {name: term.reward for name, term in loaded.objective.terms.items() if isinstance(term, Term)}
+    resident |= {f"reward {name}": _bytes(reward) for name, reward in rewards.items() if isinstance(reward, nn.Module)}
+    weights = sum(resident.values())
+    train = config.train
+    with StorageCount() as count:
+        optimizer = torch.optim.AdamW(loaded.parameters, lr=train.learning_rate, betas=train.betas)
+        for parameter in loaded.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        if train.batch_size == train.micro_batch:
+            optimizer.zero_grad(set_to_none=True)
+        resident["optimizer"] = count.now
+
+        peaks = PhasePeaks(count, weights, limit)
+        trainee = Trainee(
+            pipe=loaded.pipe,
+            call={**config.model.call, "num_inference_steps": config.gradient.last_steps + 1},
+            objective=loaded.objective,
+            steps=LastSteps(config.gradient.last_steps),
+            backprop=config.gradient.policy(),
+            batch_size=train.batch_size,
+            phases=peaks,
+            decode=_marking_the_backward_pass(peaks),
+        )
+        statistics = {name: Statistics(0.0, 1.0, 1.0) for name in loaded.objective.terms}
+        with suppress(TooLarge):
+            trainee.accumulate(micro_batch(config, loaded), statistics)
+            with peaks("optimizer"):
+                nn.utils.clip_grad_norm_(loaded.parameters, train.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    return Figures(
+        resident,
+        peaks.peaks,
+        {name: reward.frames_per_chunk for name, reward in rewards.items() if isinstance(reward, FrameReward)},
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = (*module.parameters(), *module.buffers())
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _marking_the_backward_pass(peaks: PhasePeaks) -> Callable[..., Tensor]:
+    """Decode so that the backward pass says, as it reaches pixels and latents, what it goes through next."""
+
+    def decode(vae: nn.Module, latents: Tensor, backprop: Backprop, **kwargs: Any) -> Tensor:
+        pixels = decode_read(vae, latents, backprop, **kwargs)
+        latents.register_hook(lambda gradient: peaks.turn("denoiser backward"))
+        pixels.register_hook(lambda gradient: peaks.turn("decoder backward"))
+        return pixels
+
+    return decode
+
+
+def micro_batch(config: Config, loaded: Loaded) -> MicroBatch:
+    size = config.train.micro_batch
+    return MicroBatch(
+        inputs=_inputs(loaded.pipe, config.model.call, size),
+        prompts=["a video"] * size,
+        frame_seeds=list(range(size)),
+        weights={name: [1.0] * size for name in loaded.objective.terms},
+    )
+
+
+def _inputs(pipe: Any, call: dict[str, Any], size: int) -> dict[str, Any]:
+    """What stands for prompts and images: embeddings of the shapes that the pipeline's own encoders give."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    inputs: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed) for seed in range(size)]}
+    if "image" in parameters:
+        from PIL import Image
+
+        inputs["image"] = Image.new("RGB", (call["width"], call["height"]))
+    if "prompt_embeds" in parameters:
+        length = call.get("max_sequence_length", parameters["max_sequence_length"].default)
+        dtype, width = pipe.text_encoder.dtype, pipe.text_encoder.config.hidden_size
+        for key in ("prompt_embeds", "negative_prompt_embeds"):
+            inputs[key] = torch.zeros(size, length, width, dtype=dtype)
+            mask = key.replace("embeds", "attention_mask")
+            if mask in parameters:
+                # Branched on by pipelines, so it has values.
+                inputs[mask] = torch.tensor([[True] * length] * size)
+    if "pooled_prompt_embeds" in parameters:
+        inputs["pooled_prompt_embeds"] = torch.zeros(size, pipe.text_encoder_2.config.hidden_size, dtype=dtype)
+    return inputs

@@ -1,0 +1,80 @@
+"""What a run loads, as folders and a hub cache that hold configurations and no weights."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+_REVISION = "0" * 40
+
+
+@cache
+def _data(name: str) -> Any:
+    return yaml.safe_load((files(__package__) / name).read_text(encoding="utf-8"))
+
+
+def known_models() -> dict[str, Any]:
+    """The descriptions of the models that come with the planner, by hub id."""
+    models = _data("models.yaml")["models"]
+    return {alias: model for name, model in models.items() for alias in (name, *model.get("aliases", ()))}
+
+
+def write_pipeline(model: dict[str, Any], folder: Path) -> None:
+    """Fill a folder as `save_pretrained` of the pipeline would, without weights."""
+    index: dict[str, Any] = {"_class_name": model["pipeline"], **model.get("settings", {})}
+    for name, settings in model["components"].items():
+        config = dict(settings)
+        cls = config.pop("class")
+        library, file = _kind(name, cls)
+        index[name] = [library, cls]
+        config |= {"_class_name": cls} if library == "diffusers" else {"architectures": [cls]}
+        _write_json(folder / name / file, config)
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        if tokenizer.replace("tokenizer", "text_encoder") in model["components"]:
+            index[tokenizer] = ["transformers", "PreTrainedTokenizerFast"]
+            _write_tokenizer(folder / tokenizer)
+    _write_json(folder / "model_index.json", index)
+
+
+def _kind(name: str, cls: str) -> tuple[str, str]:
+    """A component's library, and the file of its configuration."""
+    if name == "scheduler":
+        return "diffusers", "scheduler_config.json"
+    if name == "image_processor":
+        return "transformers", "preprocessor_config.json"
+    return (
+        "transformers" if name in ("text_encoder", "text_encoder_2", "image_encoder") else "diffusers"
+    ), "config.json"
+
+
+def write_hub(folder: Path) -> None:
+    """Fill a folder as the hub's cache, with what the published rewards load."""
+    for name, content in _data("checkpoints.yaml").items():
+        repository = folder / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / _REVISION
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(_REVISION)
+        if "config" in content:
+            _write_json(snapshot / "config.json", content["config"])
+        if "tokenizer" in content:
+            _write_tokenizer(snapshot)
+        for file, shapes in content.get("weights", {}).items():
+            torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, snapshot / file)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from ..data.tokenizer import text_tokenizer
+
+    text_tokenizer(["word"]).save_pretrained(folder)

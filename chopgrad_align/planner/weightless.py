@@ -1,0 +1,121 @@
+"""Load models without weights: of their real classes and shapes, as fake tensors, which have no data."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
+
+
+@contextmanager
+def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
+    """Within the context, the loaders of diffusers, transformers and open_clip read configurations and no weights.
+
+    They are replaced and not circumvented, so that the code that loads a run's pipeline and rewards is the run's own.
+
+    Args:
+        mode: Of the fake tensors.
+        hub: A folder that takes the place of the hub's cache and of the hub.
+    """
+    import open_clip
+    from diffusers import ModelMixin
+    from huggingface_hub import constants
+    from transformers import PreTrainedModel
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (ModelMixin, "from_pretrained", classmethod(functools.partial(_of_diffusers, mode))),
+            (PreTrainedModel, "from_pretrained", classmethod(functools.partial(_of_transformers, mode))),
+            (open_clip, "create_model", functools.partial(_of_open_clip, mode, open_clip.create_model)),
+            (nn.Module, "_apply", _apply),
+            (constants, "HF_HUB_CACHE", str(hub)),
+            (constants, "HF_HUB_OFFLINE", True),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) -> Any:
+    config = cls.load_config(source, subfolder=settings.get("subfolder"))
+    dtype = settings.get("torch_dtype") or settings.get("dtype") or torch.float32
+    with mode, _default_dtype(dtype):
+        model = cls.from_config(config)
+    for name, parameter in model.named_parameters():  # as the loader does
+        if any(part in name.split(".") for part in cls._keep_in_fp32_modules or ()):
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+def _of_transformers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) -> Any:
+    config = cls.config_class.from_pretrained(source, subfolder=settings.get("subfolder", ""))
+    dtype = settings.get("dtype") or settings.get("torch_dtype") or torch.float32
+    with mode:
+        model = cls._from_config(config, dtype=dtype).eval()
+    return (model, {"missing_keys": set()}) if settings.get("output_loading_info") else model
+
+
+def _of_open_clip(mode: FakeTensorMode, create_model: Callable[..., Any], name: str, *_: Any, **settings: Any) -> Any:
+    settings |= {"pretrained": None, "require_pretrained": False, "load_weights": False}
+    with mode:
+        return create_model(name, **settings)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` swaps weights for others, which fake ones refuse; their data can be set."""
+    for tensor in (*self.parameters(recurse), *self.buffers(recurse)):
+        tensor.data = function(tensor.data)
+    return self
+
+
+class Simulation(FakeTensorMode):
+    """Fake tensors; but operations of real tensors alone stay real, and so does what `torch.linspace` makes.
+
+    So the tables of a scheduler, time steps, guidance scales and token masks have values, which pipelines branch on;
+    whatever a fake tensor takes part in is fake.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if FakeTensor not in types:
+            given = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+            if given or func.overloadpacket is torch.ops.aten.linspace:
+                with unset_fake_temporarily():
+                    return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mkldnn_convolution.default:  # asked for by name, and without a fake kernel
+            x, weight, bias, padding, stride, dilation, groups = args
+            return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * 3, groups)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@contextmanager
+def simulated(mode: Simulation, scheduler: Any) -> Iterator[None]:
+    """Within the context new tensors are fake, except the tables that the scheduler makes for its steps."""
+    original = scheduler.set_timesteps
+
+    @functools.wraps(original)  # pipelines look at its arguments
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        with unset_fake_temporarily():
+            original(*args, **kwargs)
+
+    with mock.patch.object(scheduler, "set_timesteps", set_timesteps), mode:
+        yield

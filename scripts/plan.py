@@ -1,0 +1,108 @@
+"""What a training run needs of a card, and the fastest setting that fits it; needs neither a GPU nor weights.
+
+    python scripts/plan.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 480x832 --frames 81 \\
+        --reward hps_v2 --gpu 40GiB lora.rank=32 gradient.last_steps=2
+    python scripts/plan.py --config configs/wan2.1_t2v_1.3b_hps.yaml --gpu 80GiB model.call.num_frames=81
+
+It runs one training step of the real code on tensors without data, and counts their storage. Exit status 1: nothing
+fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from chopgrad_align.errors import UsageError, exit_on_usage_error, whole_number
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="hub id of a known model, or folder of a pipeline (weights are not read)")
+    parser.add_argument("--size", metavar="HxW", help="of the video, in pixels")
+    parser.add_argument("--frames", type=int)
+    parser.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        help="a published name; may be repeated (default: colorfulness, which needs next to nothing)",
+    )
+    parser.add_argument("--config", metavar="FILE", help="plan for this run instead of --model and what goes with it")
+    parser.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the card, such as 24GiB")
+    parser.add_argument(
+        "--margin",
+        default="1.5GiB",
+        metavar="SIZE",
+        help="kept free for the CUDA context, workspaces of kernels and the allocator's gaps (default: 1.5GiB)",
+    )
+    parser.add_argument("--json", action="store_true", help="print everything that was simulated as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the config")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    logging.disable(logging.WARNING)  # the model libraries', about weights that are not there
+    warnings.simplefilter("ignore")
+    with exit_on_usage_error():
+        gpu, margin = _bytes("--gpu", args.gpu), _bytes("--margin", args.margin)
+        if margin >= gpu:
+            raise UsageError(f"--margin={args.margin} leaves nothing of --gpu={args.gpu}")
+        given = _given(args)
+
+        from diffusers.utils import logging as diffusers_logging
+
+        from chopgrad_align.planner import config_of, make_plan
+        from chopgrad_align.planner.report import in_json, in_words
+        from chopgrad_align.training.config import load_config
+
+        diffusers_logging.disable_progress_bar()
+        config = config_of(given, args.overrides) if given else load_config(args.config, args.overrides)
+        plan = make_plan(config, gpu - margin, trying=_say)
+    if args.json:
+        print(json.dumps(in_json(plan, given, args.overrides), indent=2))
+    else:
+        print(in_words(plan, given, args.overrides))
+    if plan.chosen is None:
+        raise SystemExit(1)
+
+
+def _bytes(argument: str, text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(GiB|GB|MiB)", text)
+    if not match:
+        raise UsageError(f"{argument}={text}: expected a number with GiB, GB or MiB, such as 24GiB")
+    return int(float(match[1]) * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20}[match[2]])
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The sections of a config that the arguments describe; none with --config."""
+    if args.config is not None:
+        if args.model or args.size or args.frames or args.reward:
+            raise UsageError("--config has the model, its call and the rewards: change them by key.sub=value")
+        return {}
+    for name in ("model", "size", "frames"):
+        if getattr(args, name) is None:
+            raise UsageError(f"--{name} is missing: give it, or a whole run as --config")
+    size = re.fullmatch(r"(\d+)x(\d+)", args.size)
+    if not size:
+        raise UsageError(f"--size={args.size}: expected HEIGHTxWIDTH, such as 480x832")
+
+    from chopgrad_align.planner import known_models, sections
+
+    call = {"height": int(size[1]), "width": int(size[2]), "num_frames": whole_number("--frames", args.frames)}
+    call |= known_models().get(args.model, {}).get("call", {})
+    return sections(args.model, args.reward or ["colorfulness"], call)
+
+
+def _say(setting: dict[str, Any]) -> None:
+    print("trying", ", ".join(f"{key}={json.dumps(value)}" for key, value in setting.items()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

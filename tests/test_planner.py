@@ -1,0 +1,441 @@
+"""The planner: its figures against a real step's, the shapes that come with it, and its choice of a setting."""
+
+import functools
+import importlib
+import json
+import math
+import runpy
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import tiny_rewards
+import tiny_runs
+import torch
+import yaml
+from torch import nn
+
+from chopgrad_align.errors import UsageError
+from chopgrad_align.memory import StorageCount
+from chopgrad_align.objective import Statistics
+from chopgrad_align.planner import choose, stand_ins
+from chopgrad_align.planner.report import fragment, in_words
+from chopgrad_align.planner.simulate import Figures, Memory
+from chopgrad_align.planner.weightless import Simulation, weightless
+from chopgrad_align.steps import LastSteps
+from chopgrad_align.training.config import load_config
+from chopgrad_align.training.models import load_objective
+from chopgrad_align.training.step import Trainee
+
+simulate = importlib.import_module("chopgrad_align.planner.simulate")  # the package has a function of this name
+GIB = 2**30
+SCRIPT = Path(__file__).parents[1] / "scripts" / "plan.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the checkpoints of tiny pipelines and rewards."""
+    folder = tmp_path_factory.mktemp("planner")
+    for name in ("wan_t2v", "wan_i2v", "cogvideox", "svd"):
+        getattr(tiny_pipelines, name)().save_pretrained(folder / name)
+    tiny_rewards.make_checkpoints(folder / "rewards")
+    return folder
+
+
+def run(folder, model, *overrides):
+    frames = {"cogvideox": 9, "svd": 4}.get(model, 5)
+    return tiny_runs.config(folder, folder / model, *overrides, frames=frames)
+
+
+def learned_rewards(folder):
+    """Of open_clip and of transformers, with a head in a torch file."""
+    return [
+        "rewards.hps.name=hps_v2",
+        f"rewards.hps.args.checkpoint={folder / 'rewards' / 'hps'}",
+        f"rewards.hps.args.model={tiny_rewards.ARCHITECTURE}",
+        "rewards.aesthetic.name=aesthetic",
+        "rewards.aesthetic.args.frames_per_chunk=2",
+        f"rewards.aesthetic.args.clip={folder / 'rewards' / 'vit'}",
+        f"rewards.aesthetic.args.head={folder / 'rewards' / 'head.pth'}",
+    ]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        ("wan_t2v", ["gradient.cache=host", "model.gradient_checkpointing=true", "gradient.last_steps=2"]),
+        ("wan_t2v", ["gradient.checkpoint=false", "train.micro_batch=2", "model.dtype=bfloat16"]),
+        ("cogvideox", ["gradient.cache=recompute"]),
+        pytest.param("wan_i2v", ["gradient.cache=host"], marks=pytest.mark.slow),
+        pytest.param("svd", ["~model.call.guidance_scale"], marks=pytest.mark.slow),
+    ],
+)
+def test_simulated_figures_are_those_of_a_real_step_exactly(folder, model, overrides):
+    config = run(folder, model, *[o for o in overrides if not o.startswith("~")])
+    for key in (o for o in overrides if o.startswith("~")):
+        del config.model.call[key.rpartition(".")[2]]
+    real = counted(config)
+    assert simulate.simulate(config) == real
+    assert real.phases.keys() == set(choose.PHASES)
+
+
+def test_learned_rewards_are_loaded_without_their_weights_and_count_the_same(folder):
+    config = run(folder, "wan_t2v", *learned_rewards(folder))
+    real = counted(config)
+    assert real.resident["reward hps"] > 0
+    assert real.resident["reward aesthetic"] > 0
+    assert real.chunks == {"colour": 8, "hps": 8, "aesthetic": 2}
+    assert simulate.simulate(config) == real
+
+
+def test_the_phases_cover_the_step(folder):
+    """The largest of them is what a count of the trainer's own step finds, which knows no phases."""
+    config = run(folder, "wan_t2v", "gradient.cache=host")
+    figures = counted(config)
+    loaded = simulate.load(config, nullcontext())
+    trainee = Trainee(
+        pipe=loaded.pipe,
+        call=config.model.call | {"num_inference_steps": 2},
+        objective=loaded.objective,
+        steps=LastSteps(1),
+        backprop=config.gradient.policy(),
+        batch_size=config.train.batch_size,
+        phases=lambda name: nullcontext(),
+    )
+    with StorageCount() as count:
+        optimizer = torch.optim.AdamW(loaded.parameters)
+        for parameter in loaded.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        assert count.now == figures.resident["optimizer"]
+        count.peak = count.now
+        trainee.accumulate(simulate.micro_batch(config, loaded), {"colour": Statistics(0, 1, 1)})
+    weights = sum(figures.resident.values()) - figures.resident["optimizer"]
+    assert weights + count.peak == max(m.device for name, m in figures.phases.items() if name != "optimizer")
+    assert count.host_peak == figures.host > 0
+
+
+def test_libraries_load_weights_again_afterwards(folder):
+    simulate.simulate(run(folder, "cogvideox"))
+    assert nn.Linear(2, 2).to(torch.float64).weight.dtype == torch.float64
+    real = simulate.load(run(folder, "cogvideox"), nullcontext())
+    assert type(next(real.pipe.vae.parameters()).data) is torch.Tensor
+
+
+def counted(config, limit=math.inf):
+    """The figures of a real step, which are the simulated ones, and quicker to have of a tiny model."""
+    return simulate.one_step(config, simulate.load(config, nullcontext()), limit)
+
+
+@functools.cache
+def larger(folder, *overrides, limit=math.inf):
+    """Activations are larger than weights."""
+    size = ["model.call.height=64", "model.call.width=64", "model.call.num_frames=9"]
+    return counted(run(folder, "wan_t2v", *size, *overrides), limit)
+
+
+def test_more_frames_never_need_less(folder):
+    few, more = larger(folder, "model.call.num_frames=5"), larger(folder)
+    for name, memory in few.phases.items():
+        assert memory.device <= more.phases[name].device, name
+        assert memory.host <= more.phases[name].host, name
+    assert few.peak < more.peak
+
+
+@pytest.mark.parametrize(
+    ("phase", "dear", "cheap"),
+    [
+        ("denoiser backward", [], ["model.gradient_checkpointing=true"]),
+        ("decoder backward", ["gradient.checkpoint=false"], []),
+        ("decoder backward", [], ["gradient.cache=host"]),
+        ("decoder backward", ["gradient.cache=host"], ["gradient.cache=host", "gradient.rows=8"]),
+        ("reward backward", [], ["rewards.colour.args.frames_per_chunk=1"]),
+        ("sampling", ["train.micro_batch=2"], []),
+        ("optimizer", ["lora.rank=8"], []),
+    ],
+)
+def test_each_lever_lowers_its_phase(folder, phase, dear, cheap):
+    dearer, cheaper = (larger(folder, *o) for o in (dear, cheap))
+    assert cheaper.phases[phase].device < dearer.phases[phase].device
+
+
+@pytest.mark.parametrize("phase", choose.PHASES[:5])
+def test_a_step_that_is_too_large_is_left_where_it_is(folder, phase):
+    whole = larger(folder, "gradient.checkpoint=false")
+    limit = whole.phases[phase].device - 1
+    first = next(name for name in choose.PHASES if whole.phases[name].device > limit)
+    part = larger(folder, "gradient.checkpoint=false", limit=limit)
+    assert list(part.phases) == list(choose.PHASES[: choose.PHASES.index(first) + 1])
+    assert part.phases == {name: whole.phases[name] for name in part.phases}
+    assert whole.complete
+    assert not part.complete
+
+
+# --- shapes that come with the planner --------------------------------------------------------------------------------
+
+TRANSFORMERS = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 1_418_996_800,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": 14_288_491_584,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16_394_878_784,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": 16_394_878_784,
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 4_999_787_712,
+    "THUDM/CogVideoX-2b": 1_693_783_872,
+    "THUDM/CogVideoX-5b": 5_570_283_072,
+    "Lightricks/LTX-Video": 1_923_385_472,
+    "hunyuanvideo-community/HunyuanVideo": 12_821_012_544,
+}
+OTHERS = {
+    "UMT5EncoderModel": {5_680_910_336},
+    "T5EncoderModel": {4_762_310_656},
+    "LlamaModel": {7_505_186_816},
+    "CLIPTextModel": {123_060_480},
+    "CLIPVisionModel": {630_766_080},
+    "AutoencoderKLWan": {126_892_531, 704_688_668},
+    "AutoencoderKLCogVideoX": {215_583_907},
+    "AutoencoderKLLTXVideo": {419_193_649},
+    "AutoencoderKLHunyuanVideo": {246_478_803},
+}
+"""Weights of the published files."""
+
+
+def weights(settings):
+    import diffusers
+    import transformers
+
+    config = dict(settings)
+    name = config.pop("class")
+    with torch.device("meta"):
+        if hasattr(diffusers, name):
+            model = getattr(diffusers, name).from_config(config)
+        else:
+            cls = getattr(transformers, name)
+            model = cls(cls.config_class(**config))
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_models_have_as_many_weights_as_the_published_ones():
+    models = stand_ins.known_models()
+    assert {name for name in models if not name.startswith("zai-org/")} == TRANSFORMERS.keys()
+    found = {}
+    counts = {}
+    for name, model in models.items():
+        for part, settings in model["components"].items():
+            if part in ("scheduler", "image_processor"):
+                continue
+            key = json.dumps(settings)
+            if key not in counts:
+                counts[key] = weights(settings)
+            if part == "transformer" and name in TRANSFORMERS:
+                assert counts[key] == TRANSFORMERS[name], name
+            elif part != "transformer":
+                found.setdefault(settings["class"], set()).add(counts[key])
+    assert found == OTHERS
+
+
+def published(model, size, frames, *overrides):
+    height, width = size
+    call = {"height": height, "width": width, "num_frames": frames, **stand_ins.known_models()[model]["call"]}
+    given = choose.sections(model, ["colorfulness"], call)
+    return choose.config_of(given, ["gradient.cache=host", "model.gradient_checkpointing=true", *overrides])
+
+
+def test_published_rewards_have_the_weights_of_their_checkpoints(tmp_path):
+    names = ("aesthetic", "hps_v2", "pick_score")
+    config = published("Lightricks/LTX-Video", (64, 64), 9, *(f"rewards.{name}.name={name}" for name in names))
+    stand_ins.write_hub(tmp_path)
+    with weightless(Simulation(), tmp_path):
+        objective = load_objective(config.rewards, torch.device("cpu"))
+    found = {name: sum(p.numel() for p in objective.terms[name].reward.parameters()) for name in names}
+    # CLIP ViT-L/14's vision tower with its projection, and the head; ViT-H/14 twice.
+    assert found["aesthetic"] == pytest.approx(303_966_208 + 923_985, rel=1e-3)
+    assert found["hps_v2"] == pytest.approx(986_109_441, rel=1e-3)
+    assert found["pick_score"] == pytest.approx(985_060_865, rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "size", "frames"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", (480, 832), 9),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", (480, 832), 5),
+        ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", (480, 832), 5),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", (704, 1280), 5),
+        ("THUDM/CogVideoX-2b", (480, 720), 9),
+        ("THUDM/CogVideoX-5b", (480, 720), 9),
+        ("Lightricks/LTX-Video", (480, 704), 25),
+        ("hunyuanvideo-community/HunyuanVideo", (320, 512), 17),
+    ],
+)
+def test_every_published_model(model, size, frames):
+    figures = simulate.simulate(published(model, size, frames))
+    assert figures.resident["transformer"] >= 2 * TRANSFORMERS[model]
+    assert figures.peak > sum(figures.resident.values())
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def pretended(config, limit):
+    """Figures by a formula that knows the levers."""
+    gradient, batch = config.gradient, config.train.micro_batch
+    decoder = {"device": 40, "host": 10}[gradient.cache] if gradient.checkpoint is False else 20
+    if gradient.checkpoint and gradient.cache == "host":
+        decoder = 6 if gradient.rows is None else 2 + gradient.rows / 64
+    chunk = config.rewards["colour"].args.get("frames_per_chunk", 8)
+    phases = {
+        "sampling": 3 * batch,
+        "decoding": 2 * batch,
+        "reward": 1,
+        "reward backward": chunk,
+        "decoder backward": decoder * batch,
+        "denoiser backward": (4 if config.model.gradient_checkpointing else 12) * batch,
+        "optimizer": 1,
+    }
+    memory = {}
+    for name, value in phases.items():
+        memory[name] = Memory(int(value * GIB), 0)
+        if value * GIB > limit and name != "denoiser backward":
+            break
+    return Figures({"transformer": GIB}, memory, {"colour": 8})
+
+
+@pytest.mark.parametrize(
+    ("gib", "chosen"),
+    [
+        (80, {"cache": "device", "checkpoint": False, "rows": None, "chunk": None, "denoiser": False, "batch": 2}),
+        (24, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": False, "batch": 2}),
+        (20, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": True, "batch": 2}),
+        (13, {"cache": "host", "checkpoint": True, "rows": None, "chunk": None, "denoiser": True, "batch": 2}),
+        (8, {"cache": "host", "checkpoint": True, "rows": 128, "chunk": None, "denoiser": True, "batch": 2}),
+        (7, {"cache": "host", "checkpoint": True, "rows": None, "chunk": 4, "denoiser": True, "batch": 1}),
+        (4, {"cache": "host", "checkpoint": True, "rows": 128, "chunk": 4, "denoiser": True, "batch": 1}),
+    ],
+)
+def test_the_fastest_setting_that_fits(folder, gib, chosen):
+    config = run(folder, "wan_t2v", "train.micro_batch=2")
+    plan = choose.make_plan(config, gib * GIB, simulate=pretended)
+    assert plan.chosen is plan.trials[-1]
+    assert plan.chosen.figures.complete
+    assert plan.chosen.figures.peak <= gib * GIB
+    setting = plan.chosen.setting
+    assert setting["gradient.cache"] == chosen["cache"]
+    assert setting["gradient.checkpoint"] == chosen["checkpoint"]
+    assert setting["gradient.rows"] == chosen["rows"]
+    assert setting.get("rewards.colour.args.frames_per_chunk") == chosen["chunk"]
+    assert setting["model.gradient_checkpointing"] == chosen["denoiser"]
+    assert setting["train.micro_batch"] == chosen["batch"]
+
+
+@pytest.mark.parametrize("gib", [3.5, 2.5])
+def test_nothing_fits(folder, gib):
+    plan = choose.make_plan(run(folder, "wan_t2v", "train.micro_batch=2"), int(gib * GIB), simulate=pretended)
+    assert plan.chosen is None
+    assert plan.trials[-1].figures.complete
+    assert plan.trials[-1].figures.peak == 4 * GIB
+    words = in_words(plan, {})
+    assert f"nothing fits {gib} GiB: the least is 4.0 GiB, in the phase 'decoder backward'; take a larger" in words
+
+
+def test_weights_alone_are_too_large(folder):
+    plan = choose.make_plan(run(folder, "wan_t2v"), GIB // 2, simulate=pretended)
+    assert "of it 1.0 stay on the device all the time" in in_words(plan, {})
+
+
+def test_the_fragment_is_read_by_the_config_loader(folder, tmp_path):
+    """Pasted under the sections that every run has of its own, it is the run that was simulated."""
+    given = choose.sections("Lightricks/LTX-Video", ["colour"], {"height": 64, "width": 64, "num_frames": 9})
+    overrides = ["lora.rank=8", "rewards.colour.name=colorfulness", "train.batch_size=2", "train.micro_batch=2"]
+    simulated = []
+
+    def simulating(config, limit):
+        simulated.append(config)
+        return pretended(config, limit)
+
+    plan = choose.make_plan(choose.config_of(given, overrides), 8 * GIB, simulate=simulating)
+    pasted = fragment(plan.chosen.setting, given, [*overrides, "train.steps=1"])
+    own = "run: {folder: runs/planned}\n"
+    own += "data: {train: '${configs:prompts/train.txt}', held_out: '${configs:prompts/held_out.txt}'}\n"
+    (tmp_path / "config.yaml").write_text(own + pasted)
+    loaded = load_config(tmp_path / "config.yaml")
+    assert loaded == simulated[-1]
+    assert (loaded.gradient.cache, loaded.gradient.rows, loaded.lora.rank) == ("host", 128, 8)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """The script's; it silences loggers and warnings for its own process."""
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    with warnings.catch_warnings():
+        yield runpy.run_path(str(SCRIPT))["main"]
+
+
+def test_the_command_plans_for_a_config_in_json_and_in_words(folder, capsys, main):
+    run(folder, "cogvideox")
+    command = ["--config", str(folder / "config.yaml"), "--gpu", "24GiB"]
+    half = ["model.dtype=bfloat16", "model.vae_dtype=bfloat16"]
+    main([*command, "--json", *half])
+    result = json.loads(capsys.readouterr().out)
+    assert result["limit"] == int(22.5 * GIB)
+    assert result["fits"]
+    assert result["chosen"]["setting"]["gradient.cache"] == "device"
+    assert result["config"]["model"] == {"dtype": "bfloat16", "vae_dtype": "bfloat16", "gradient_checkpointing": False}
+    assert result["chosen"]["device"] == counted(run(folder, "cogvideox", *half, "gradient.checkpoint=false")).peak
+    with pytest.raises(SystemExit) as stopped:
+        main([*command[:2], "--gpu", "1.5001GiB"])
+    assert stopped.value.code == 1
+    assert "nothing fits" in capsys.readouterr().out
+
+
+def test_the_command_plans_for_a_folder(folder, capsys, main):
+    main(["--model", str(folder / "cogvideox"), "--size", "16x16", "--frames", "9", "--gpu", "24GiB", "lora.rank=2"])
+    words = capsys.readouterr().out
+    assert "denoiser backward" in words
+    pasted = yaml.safe_load(words.rpartition("that does:")[2])
+    assert pasted["model"]["call"] == {"height": 16, "width": 16, "num_frames": 9}
+    assert pasted["lora"] == {"rank": 2}
+    assert pasted["gradient"] == {"checkpoint": False, "rows": None, "cache": "device"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model is missing"),
+        (["--model", "x/y", "--frames", "5"], "--size is missing"),
+        (["--model", "x/y", "--size", "64", "--frames", "5"], "--size=64: expected HEIGHTxWIDTH"),
+        (["--model", "x/y", "--size", "64x64", "--frames", "0"], "--frames=0: expected a whole number"),
+        (["--model", "x/y", "--size", "64x64", "--frames", "5"], "no shapes for 'x/y'; give a folder"),
+        (["--model", "FOLDER", "--size", "17x16", "--frames", "5"], "height=17; it makes multiples of 8"),
+        (["--model", "FOLDER", "--size", "16x16", "--frames", "6"], "num_frames=6; it makes 4k"),
+        (["--model", "Lightricks/LTX-Video", "--size", "33x64", "--frames", "9"], "divisible by 32 but are 33 and 64"),
+        (["--model", "FOLDER", "--size", "16x16", "--frames", "5", "--reward", "hps"], "no reward is called 'hps'"),
+        (["--gpu", "24", "--config", "a.yaml"], "--gpu=24: expected a number with GiB"),
+        (["--gpu", "1GiB", "--config", "a.yaml"], "leaves nothing of --gpu"),
+        (["--config", "a.yaml", "--frames", "5"], "--config has the model"),
+        (["--config", "a.yaml"], "no config file"),
+    ],
+)
+def test_wrong_arguments_are_errors_in_one_sentence(arguments, message, folder, capsys, main):
+    arguments = [str(folder / "wan_t2v") if argument == "FOLDER" else argument for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        main(["--gpu", "24GiB", *arguments])
+    assert stopped.value.code == 2  # of every script
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (error,) = (line for line in printed.err.splitlines() if not line.startswith("trying"))
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_reward_whose_checkpoint_is_not_there_and_clips(folder):
+    with pytest.raises(UsageError, match=r"image_reward.*The planner downloads nothing"):
+        simulate.simulate(run(folder, "wan_t2v", "rewards.image.name=image_reward"))
+    with pytest.raises(UsageError, match=r"data\.clips: the planner knows runs on prompts only"):
+        simulate.simulate(run(folder, "wan_t2v", "data.clips={}"))
