@@ -93,8 +93,6 @@ class Clips:
     split: str = "train"
     """Of a Hugging Face data set."""
     held_out_split: str = "test"
-    cache: str | None = None
-    """Folder that keeps embeddings of captions."""
 
 
 @_strict
