@@ -17,6 +17,7 @@ from chopgrad_align.objective import LatentTerm, LossTerm, Objective
 from chopgrad_align.prediction import Denoise, OneStep, Sample
 from chopgrad_align.prediction.latents import encode
 from chopgrad_align.prediction.one_call import Straight, VariancePreserving, one_call, path_of
+from chopgrad_align.prediction.windows import predict_long, seam_excess, windows
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.loop import train
 from chopgrad_align.training.phases import Phases
@@ -314,6 +315,57 @@ def picture_of(frame):
     return to_pil_image((frame.expand(3, -1, -1) * 255).round().byte())
 
 
+# --- long videos ------------------------------------------------------------------------------------------------------
+
+
+def test_windows_cover_the_video_and_end_with_it():
+    assert windows(17, 17, 5) == [slice(0, 17)]
+    assert windows(29, 17, 5) == [slice(0, 17), slice(12, 29)]
+    assert windows(30, 17, 5) == [slice(0, 17), slice(12, 29), slice(13, 30)]
+    with pytest.raises(UsageError, match="expected an overlap from 1 to 16 frames"):
+        windows(30, 17, 17)
+
+
+def test_a_prediction_that_needs_no_window_is_the_same_by_windows():
+    video, seen = torch.rand(1, 31, 3, 4, 4), []
+
+    def predict(videos):
+        seen.append({role: v.shape[1] for role, v in videos.items()})
+        return 1 - videos["degraded"]
+
+    result = predict_long(predict, {"degraded": video, "image": video[:, :1]}, window=13, overlap=6, stride=4)
+    torch.testing.assert_close(result, 1 - video)
+    assert seen[0] == {"degraded": 13, "image": 1}
+    assert [s["context"] for s in seen[1:]] == [5] * (len(seen) - 2) + [seen[-1]["context"]]
+    assert all(s["context"] % 4 == 1 for s in seen[1:])
+
+
+def test_a_jump_between_windows_is_a_seam():
+    spans, target = windows(29, 17, 5), torch.rand(29, 3, 4, 4)
+    noisy = target + 0.01 * torch.rand(target.shape)
+    jump = noisy.clone()
+    jump[14:] += 0.5
+    assert seam_excess(noisy, target, spans) == pytest.approx(1, abs=0.5)
+    assert seam_excess(jump, target, spans) > 5
+
+
+def test_one_step_goes_on_from_the_context(wan):
+    videos = clips(frames=9)
+    context = {**videos, "context": videos["target"][:, :5]}
+    with OneStep(0.3).begin(wan, context, (0, 1), False, False) as begun:
+        latents = begun.inputs["latents"]
+    torch.testing.assert_close(latents[:, :, :2], encode(wan, videos["target"][:, :5]))
+    torch.testing.assert_close(latents[:, :, 2:], encode(wan, videos["degraded"])[:, :, 2:])
+
+
+def test_the_sampler_keeps_the_context(wan):
+    videos = {"context": clips(frames=5)["target"]}
+    with Sample().begin(wan, videos, (0, 1), False, False) as begun:
+        given = {**inputs(frames=9), "guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "latent"}
+        latents = wan(**given, **begun.inputs).frames
+    torch.testing.assert_close(latents[:, :, :2], encode(wan, videos["context"]))
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 _CONFIG = """
@@ -389,6 +441,14 @@ def test_the_saved_lora_restores_what_the_run_measured(configure, tmp_path):
             video = methods[name](clip)
             assert video.shape == clip.videos["target"].shape
             assert -(video - clip.videos["target"]).abs().mean().item() == pytest.approx(held_out[key][i], abs=1e-5)
+
+
+def test_a_clip_longer_than_the_window_is_restored_by_windows(configure, tmp_path):
+    config = configure("data.clips.buckets=[[9, 16, 16]]", "prediction.overlap=2")
+    (clip,) = HeldOutClips(config, 1)
+    video = restorers(config, {"base": None})["base"](clip)
+    assert video.shape == clip.videos["target"].shape == (9, 3, 16, 16)
+    assert torch.isfinite(video).all()
 
 
 def test_a_run_goes_on_as_it_would_have(configure, tmp_path):

@@ -38,6 +38,11 @@ def encode(pipe: Any, video: Tensor) -> Tensor:
     return _NORMALIZED[family](pipe, latents.float())
 
 
+def frame_axis(pipe: Any) -> int:
+    """Of the latents in the pipeline's layout."""
+    return 1 if type(pipe).__name__.startswith("CogVideoX") else 2
+
+
 def _standardized(pipe: Any, latents: Tensor) -> Tensor:
     mean, std = (
         torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)

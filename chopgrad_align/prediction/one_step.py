@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..errors import UsageError
 from .columns import arguments
-from .latents import encode
+from .latents import encode, frame_axis
 from .one_call import one_call, path_of
 from .protocol import Begun, Videos
 
@@ -39,6 +41,12 @@ class OneStep:
                 f"prediction.source: the data has no role {self.source!r}. It has: {', '.join(videos) or 'none'}"
             )
         start = encode(pipe, videos[self.source])
+        if "context" in videos:  # of a long video: frames that are predicted already
+            known = encode(pipe, videos["context"])
+            axis = frame_axis(pipe)
+            start = torch.cat(
+                [known, start.narrow(axis, known.shape[axis], start.shape[axis] - known.shape[axis])], axis
+            )
         true = encode(pipe, videos["target"]) if latents else None
         path = path_of(pipe.scheduler)
         with one_call(pipe, path, self.time) as call:

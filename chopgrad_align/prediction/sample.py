@@ -7,8 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
 from ..objective import Reference
 from .columns import arguments
+from .latents import encode, frame_axis
+from .one_call import Straight, path_of
 from .protocol import Begun, Videos
 
 
@@ -26,4 +32,25 @@ class Sample:
     def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
         """As `Prediction.begin`."""
         reference = Reference(videos.get("target"), videos.get("mask"))
-        yield Begun(arguments(self.columns, videos), lambda: reference)
+        inputs = arguments(self.columns, videos)
+        if "context" in videos:
+            inputs["callback_on_step_end"] = _replacing(pipe, encode(pipe, videos["context"]), seeds)
+        yield Begun(inputs, lambda: reference)
+
+
+def _replacing(pipe: Any, known: Tensor, seeds: Sequence[int]) -> Any:
+    """A callback that keeps the first latents, those of frames that are known, at the noise of each step."""
+    path, axis = path_of(pipe.scheduler), frame_axis(pipe)
+    if not isinstance(path, Straight):
+        raise UsageError("long videos by mode=sample need a model of flow matching; use mode=one_step")
+    noise = torch.stack(
+        [torch.randn(known.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    ).to(known)
+
+    def replace(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents = tensors["latents"].clone()
+        noised = path.noised(known, noise, float(pipe.scheduler.sigmas[step + 1]))
+        latents.narrow(axis, 0, known.shape[axis]).copy_(noised)
+        return {"latents": latents}
+
+    return replace

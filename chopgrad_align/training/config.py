@@ -149,6 +149,8 @@ class Prediction:
     """Of one_step: the time of the schedule that the degraded clip is taken for, 1 being pure noise."""
     times: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.02, 0.98)
     """Of denoise: lowest and highest time."""
+    overlap: Positive = 5
+    """Frames that windows share, when a clip is longer than `model.call.num_frames` in the evaluation."""
 
     def policy(self) -> prediction.Prediction:
         match self.mode:

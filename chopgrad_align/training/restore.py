@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..data.clips import Clip
 from ..errors import UsageError
+from ..prediction.windows import predict_long
 from .batches import clip_batch, held_out_clip, held_out_seed
 from .config import Config
 from .data import ClipData, read_data
@@ -51,7 +53,8 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
         loras: Folder or file of each; None is the model as it is.
 
     Returns:
-        For each name a function from a clip to a video `(F, 3, H, W)` in [0, 1], float32 on the CPU. What it draws is a
+        For each name a function from a clip to a video `(F, 3, H, W)` in [0, 1], float32 on the CPU; of a clip that is
+        longer than `model.call.num_frames`, window by window. What it draws is a
         function of the place of the call, so that all methods start from the same noise.
 
     Raises:
@@ -81,11 +84,21 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
                 else:
                     pipe.enable_lora()
                     pipe.set_adapters(name)
-            batch = clip_batch(pipe, [clip], [clip.caption if caption is None else caption], [held_out_seed(place)])
+            seeds, texts = [held_out_seed(place)], [clip.caption if caption is None else caption]
             place += 1
-            with torch.no_grad():
-                video, _ = predict(pipe, call, prediction, batch)
-            return video[0].float().cpu().clamp(0, 1)
+
+            def run(videos: Mapping[str, Tensor]) -> Tensor:
+                part = dataclasses.replace(clip, videos={role: video[0] for role, video in videos.items()})
+                with torch.no_grad():
+                    video, _ = predict(pipe, call, prediction, clip_batch(pipe, [part], texts, seeds))
+                return video.float().cpu().clamp(0, 1)
+
+            whole = {role: video[None] for role, video in clip.videos.items()}
+            window = call.get("num_frames", len(clip.videos["target"]))
+            if len(clip.videos["target"]) <= window:
+                return run(whole)[0]
+            stride = pipe.vae_scale_factor_temporal
+            return predict_long(run, whole, window, config.prediction.overlap, stride)[0]
 
         return restore
 
