@@ -36,8 +36,7 @@ class Lean(TorchFunctionMode):
         if func is framewise:
             return _framewise_recomputed(*args)
         if (input_gradient := _CONVOLUTIONS.get(func)) is not None:
-            faster = _conv3d if self.stable and func is torch.conv3d else func
-            return _convolution(faster, input_gradient, *args, **kwargs)
+            return _convolution(func, input_gradient, self.stable, *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -92,6 +91,7 @@ def _is_autocast(x: Tensor) -> bool:
 def _convolution(
     func: Callable[..., Tensor],
     input_gradient: Callable[..., Tensor],
+    stable: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -103,6 +103,7 @@ def _convolution(
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained or not x.requires_grad or isinstance(padding, str) or _is_autocast(x):
         return func(x, weight, bias, stride, padding, dilation, groups)
+    func = _conv3d if stable and func is torch.conv3d else func
     return _FrozenConvolution.apply(func, input_gradient, x, weight, bias, stride, padding, dilation, groups)
 
 

@@ -77,7 +77,7 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
         found.append(
             Lever(("decoding", "reward", *_BACKWARD), [{"gradient.cache": place} for place in ("device", "host")])
         )
-    smaller = [n for n in (4, 1) if any(n < size for size in chunks.values())]
+    smaller = [n for n in (4, 2) if any(n < size for size in chunks.values())]
     rungs = [{f"rewards.{name}.args.frames_per_chunk": min(n, size) for name, size in chunks.items()} for n in smaller]
     return [*found, Lever(("reward", "reward backward"), [{}, *rungs])]
 
