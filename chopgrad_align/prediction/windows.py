@@ -6,6 +6,7 @@ it goes on from them (latent replacement, as in Vista, arXiv 2405.17398); then t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,7 @@ def windows(total: int, window: int, overlap: int) -> list[slice]:
             f"expected an overlap from 1 to {window - 1} frames and a video of {window} or more, "
             f"got {overlap} and {total}"
         )
-    starts = list(range(0, total - window, window - overlap)) + [total - window]
+    starts = [*list(range(0, total - window, window - overlap)), total - window]
     return [slice(start, start + window) for start in starts]
 
 
@@ -78,6 +79,6 @@ def seam_excess(video: Tensor, target: Tensor, spans: list[slice]) -> float:
     """
     errors = (video.diff(dim=0) - target.diff(dim=0)).abs().flatten(1).mean(1)
     seam = torch.zeros(len(errors), dtype=torch.bool)
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in itertools.pairwise(spans):
         seam[max(after.start - 1, 0) : before.stop] = True
     return (errors[seam].mean() / errors[~seam].mean()).item()
