@@ -12,6 +12,11 @@ from .source import BadFile, Content, Row
 from .videofolder import check_columns
 
 
+def is_saved_dataset(name: str) -> bool:
+    """Whether it is a folder that `save_to_disk` wrote."""
+    return any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+
+
 def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", subset: str | None = None) -> list[Row]:
     """Open a data set and list its rows; captions are read, videos are not.
 
@@ -37,7 +42,7 @@ def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", su
         ) from None
 
     try:
-        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+        if is_saved_dataset(name):
             table = datasets.load_from_disk(name)
             table = table[split] if isinstance(table, datasets.DatasetDict) else table
         else:

@@ -101,9 +101,6 @@ class Simulation(FakeTensorMode):
             if given or func.overloadpacket is torch.ops.aten.linspace:
                 with unset_fake_temporarily():
                     return func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mkldnn_convolution.default:  # asked for by name, and without a fake kernel
-            x, weight, bias, padding, stride, dilation, groups = args
-            return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0] * 3, groups)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

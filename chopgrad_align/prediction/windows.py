@@ -27,7 +27,7 @@ def windows(total: int, window: int, overlap: int) -> list[slice]:
             f"expected an overlap from 1 to {window - 1} frames and a video of {window} or more, "
             f"got {overlap} and {total}"
         )
-    starts = [*list(range(0, total - window, window - overlap)), total - window]
+    starts = [*range(0, total - window, window - overlap), total - window]
     return [slice(start, start + window) for start in starts]
 
 

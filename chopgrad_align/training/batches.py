@@ -33,10 +33,6 @@ class Batches(Protocol):
         """Some of the held-out pairs of condition and seed."""
         ...
 
-    def captions(self, count: int) -> list[str]:
-        """Of the first held-out pairs."""
-        ...
-
 
 class PromptBatches:
     """Prompts and images, each once in every shuffled epoch.
@@ -71,9 +67,6 @@ class PromptBatches:
     def held_out(self, places: range) -> MicroBatch:
         seeds = [held_out_seed(i) for i in places]
         return self._made([self._held_out[i % len(self._held_out)] for i in places], seeds, seeds)
-
-    def captions(self, count: int) -> list[str]:
-        return [self._held_out[i % len(self._held_out)].prompt for i in range(count)]
 
     def _made(self, conditions: Sequence[Condition], seeds: list[int], frame_seeds: list[int]) -> MicroBatch:
         from diffusers.utils import load_image
@@ -112,9 +105,6 @@ class ClipBatches:
 
     def held_out(self, places: range) -> MicroBatch:
         return self._made([held_out_clip(self._held_out, i) for i in places], [held_out_seed(i) for i in places])
-
-    def captions(self, count: int) -> list[str]:
-        return [self._text(held_out_clip(self._held_out, i)) for i in range(count)]
 
     def _text(self, clip: Clip) -> str:
         return clip.caption if self._caption is None else self._caption

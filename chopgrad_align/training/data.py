@@ -84,19 +84,32 @@ class ClipData:
 
 
 def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
+    buckets = _buckets(config, clips)
+    if len(buckets) > 1 and config.validation.batch > 1:
+        raise UsageError("clips of several buckets do not stack: set validation.batch=1")
+    training = _clips(config.data.train, clips.split, clips, buckets)
+    return ClipData(training, _clips(config.data.held_out, clips.held_out_split, clips, buckets), buckets)
+
+
+def held_out_clips(config: Config) -> Clips:
+    """The held-out clips alone; no file to train on is looked at.
+
+    Raises:
+        UsageError: As `read_data`, or the data are not clips.
+    """
+    clips = config.data.clips
+    if clips is None:
+        raise UsageError("expected a config whose data are clips (data.clips)")
+    return _clips(config.data.held_out, clips.held_out_split, clips, _buckets(config, clips))
+
+
+def _buckets(config: Config, clips: ClipsConfig) -> list[Bucket]:
     call = config.model.call
     missing = [key for key in ("num_frames", "height", "width") if key not in call]
     if not clips.buckets and missing:
         raise UsageError(f"data.clips: their shape is not known: give data.clips.buckets, or model.call.{missing[0]}")
     shapes = clips.buckets or [(call["num_frames"], call["height"], call["width"])]
-    buckets = [Bucket(*shape) for shape in shapes]
-    if len(buckets) > 1 and config.validation.batch > 1:
-        raise UsageError("clips of several buckets do not stack: set validation.batch=1")
-    return ClipData(
-        _clips(config.data.train, clips.split, clips, buckets),
-        _clips(config.data.held_out, clips.held_out_split, clips, buckets),
-        buckets,
-    )
+    return [Bucket(*shape) for shape in shapes]
 
 
 def _clips(name: str, split: str, config: ClipsConfig, buckets: list[Bucket]) -> Clips:
@@ -119,10 +132,9 @@ def _clips(name: str, split: str, config: ClipsConfig, buckets: list[Bucket]) ->
 
 
 def _rows(name: str, split: str, config: ClipsConfig) -> list[Row]:
-    from ..data.table import read_dataset
+    from ..data.table import is_saved_dataset, read_dataset
     from ..data.videofolder import COLUMNS, read_folder
 
-    saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
-    if Path(name).exists() and not saved:
+    if Path(name).exists() and not is_saved_dataset(name):
         return read_folder(name, config.columns)
     return read_dataset(name, config.columns or COLUMNS, split)

@@ -21,8 +21,9 @@ from .step import MicroBatch
 
 @dataclass(frozen=True)
 class Scores:
-    """The score of each term and how much it counts, for each pair in order."""
+    """The prompt, the score of each term and how much it counts, for each pair in order."""
 
+    prompts: list[str]
     terms: dict[str, list[float]]
     weights: dict[str, list[float]]
 
@@ -60,16 +61,17 @@ def evaluate(
             and targets, if there are any, go into folders beside it, once.
 
     Returns:
-        Scores of each term, and each term's weights, of the share.
+        The scores of the share.
     """
     rank, world = share
     start, stop = (pairs * k // world for k in (rank, rank + 1))
-    scores = Scores({name: [] for name in objective.terms}, {name: [] for name in objective.terms})
+    scores = Scores([], {name: [] for name in objective.terms}, {name: [] for name in objective.terms})
     with tqdm(total=stop - start, desc="held-out", leave=False, disable=rank != 0) as bar:
         for first in range(start, stop, batch):
             places = range(first, min(first + batch, stop))
             chosen = batches.held_out(places)
             video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents)
+            scores.prompts.extend(chosen.prompts)
             for name, values in objective.scores(video, chosen.prompts, chosen.frame_seeds, reference).items():
                 scores.terms[name] += values.tolist()
                 scores.weights[name] += (chosen.weights or {}).get(name, [1.0] * len(values))

@@ -27,7 +27,7 @@ from ..objective import Objective, Statistics, Term
 from ..reward import FrameReward, check_reward
 from ..rollout import check_call
 from ..steps import LastSteps
-from .batches import held_out_seed
+from .batches import Batches, held_out_seed
 from .config import Config, load_config, to_yaml
 from .data import Data, read_data
 from .evaluate import evaluate, heldout_row
@@ -110,7 +110,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     objective = load_objective(config.rewards, device, config.losses)
     prediction = config.prediction.policy()
     batches = data.batches(pipe, objective, config)
-    _check_rewards(objective, batches.captions(2), call, device)
+    _check_rewards(objective, batches, call, device)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     torch.manual_seed(config.run.seed)  # the LoRA's first weights
     denoisers = add_lora(pipe, adapter)
@@ -136,7 +136,6 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.learning_rate, betas=config.train.betas, weight_decay=config.train.weight_decay
     )
-    captions = batches.captions(config.validation.pairs)
     first, skipped, before = 0, 0, None
     initial: dict[str, Statistics] = {}  # of the model as it was: with these held-out scores stay comparable
     running: dict[str, Statistics] = {}
@@ -151,11 +150,10 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         if resume:
             folder.rewind(first)
         folder.write(folder.config, _header(config) + to_yaml(config))
-        folder.write(folder.samples / "prompts.json", json.dumps(captions))
     accelerator.init_trackers("chopgrad_align")
 
-    def measure(step: int, name: str) -> list[float]:
-        """The objective of each held-out pair."""
+    def measure(step: int, name: str) -> tuple[list[float], list[str]]:
+        """The objective and the prompt of each held-out pair."""
         nonlocal initial
         for denoiser in denoisers.values():
             denoiser.eval()
@@ -176,12 +174,14 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         weights = {name: [w for s in shares for w in s.weights[name]] for name in objective.terms}
         initial = initial or objective.first_statistics(terms)
         raw = {name: torch.tensor(values, dtype=torch.float64) for name, values in terms.items()}
+        prompts = [prompt for s in shares for prompt in s.prompts]
         totals = torch.stack([*objective.values(raw, weights, initial).values()]).sum(0).tolist()
         row = heldout_row(step, totals, terms)
         if accelerator.is_main_process:
             folder.append(row)
+            folder.write(folder.samples / "prompts.json", json.dumps(prompts))
         accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
-        return totals
+        return totals, prompts
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -199,7 +199,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
 
     # Before.
     if before is None:
-        before = measure(0, "before")
+        before, _ = measure(0, "before")
         if not all(map(math.isfinite, before)):
             raise UsageError(
                 f"the reward of a held-out video of the model as it is, untrained, is not finite: {before}"
@@ -279,14 +279,14 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     if accelerator.is_main_process:
         with said_in_words(folder.path):
             save_lora(pipe, denoisers, adapter, folder.lora)
-    after = measure(config.train.steps, "after")
+    after, prompts = measure(config.train.steps, "after")
     result = paired(before, after)
     if accelerator.is_main_process:
         held = {
             "before": before,
             "after": after,
-            "prompts": captions,
-            "seeds": [held_out_seed(i) for i in range(len(captions))],
+            "prompts": prompts,
+            "seeds": [held_out_seed(i) for i in range(len(prompts))],
         }
         with said_in_words(folder.path):
             folder.write(folder.held_out, json.dumps(held))
@@ -302,17 +302,20 @@ def _header(config: Config) -> str:
     return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
 
 
-def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any], device: torch.device) -> None:
+def _check_rewards(objective: Objective, batches: Batches, call: dict[str, Any], device: torch.device) -> None:
     size, frames = (call.get("height"), call.get("width")), call.get("num_frames", 5)
-    for name, term in objective.terms.items():
-        if not isinstance(term, Term):
-            continue
+    rewards = {name: term.reward for name, term in objective.terms.items() if isinstance(term, Term)}
+    if not rewards:
+        return
+    # One by one: clips of different shapes do not stack.
+    prompts = [prompt for i in range(2) for prompt in batches.held_out(range(i, i + 1)).prompts]
+    for name, reward in rewards.items():
         check_reward(
-            term.reward,
+            reward,
             name,
             prompts=prompts,
             # Frames that are scored alone need no more than a few; a model of whole videos may need all.
-            frames=min(frames, 5) if isinstance(term.reward, FrameReward) else frames,
+            frames=min(frames, 5) if isinstance(reward, FrameReward) else frames,
             size=(64, 64) if None in size else size,  # type: ignore[arg-type]
             device=device,
         )

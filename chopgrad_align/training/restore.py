@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..prediction.windows import predict_long
 from .batches import clip_batch, held_out_clip, held_out_seed
 from .config import Config
-from .data import ClipData, read_data
+from .data import held_out_clips
 from .evaluate import predict
 from .lora import lora_file
 from .models import load_pipeline
@@ -32,10 +32,7 @@ class HeldOutClips:
     """
 
     def __init__(self, config: Config, count: int | None = None) -> None:
-        data = read_data(config)
-        if not isinstance(data, ClipData):
-            raise UsageError("expected a config whose data are clips (data.clips)")
-        self._clips = data.held_out
+        self._clips = held_out_clips(config)
         self._count = len(self._clips) if count is None else count
 
     def __len__(self) -> int:
