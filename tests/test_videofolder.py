@@ -16,7 +16,7 @@ from PIL import Image
 from chopgrad_align.data import cache as cache_module
 from chopgrad_align.data import video_file
 from chopgrad_align.data.buckets import Box, Bucket, choose_bucket, crop_box, cut, resize
-from chopgrad_align.data.cache import Cache, fingerprint, latents, prompt_embeddings
+from chopgrad_align.data.cache import Cache, fingerprint, latents
 from chopgrad_align.data.clips import Clips
 from chopgrad_align.data.degradations import BoxMask, Downscale
 from chopgrad_align.data.footage import open_footage
@@ -708,22 +708,6 @@ def test_latents_are_the_vae_s_own_and_belong_to_its_weights(tmp_path):
     assert fingerprint(vae) != before
     assert not torch.equal(latents(cache, vae, video), wanted)
     assert fingerprint(vae.half()) != fingerprint(vae.float())
-
-
-def test_prompt_embeddings_are_the_pipeline_s_own(tmp_path):
-    from importlib.resources import files
-
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(files("chopgrad_align") / "embedded" / "pipeline", dtype=torch.float32)
-    arguments = {"do_classifier_free_guidance": False, "max_sequence_length": 16}
-    wanted = pipe.encode_prompt("a red star", **arguments)
-    cache = Cache(tmp_path)
-    for _ in range(2):
-        found = prompt_embeddings(cache, pipe, "a red star", **arguments)
-        assert [f is None for f in found] == [w is None for w in wanted] == [False, True]
-        assert torch.equal(found[0], wanted[0])
-    assert (cache.hits, cache.misses) == (1, 1)
 
 
 def test_bad_files_say_what_is_wrong():

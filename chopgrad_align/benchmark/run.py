@@ -106,7 +106,7 @@ def _with_lora(settings: Settings, folder: str) -> tuple[Any, list[nn.Parameter]
     call |= {"num_frames": settings.frames, "height": settings.size[0], "width": settings.size[1]}
     model: Any = Model  # a type checker does not see the __init__ that pydantic makes
     named = model(name=folder, dtype=settings.dtype, vae_dtype=settings.dtype)
-    pipe = load_pipeline(named, torch.device(settings.device))
+    pipe = load_pipeline(named).to(settings.device)
     check_call(pipe, call)
     config = lora_config(rank=16, alpha=None, targets=["to_q", "to_k", "to_v", "to_out.0"], dropout=0.0)
     parameters = lora_parameters(add_lora(pipe, config))

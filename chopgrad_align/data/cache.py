@@ -1,4 +1,4 @@
-"""What is expensive to compute and always the same, kept on disk: latents of clips, embeddings of captions.
+"""What is expensive to compute and always the same, kept: latents of clips, embeddings of captions.
 
 The key is the content and the settings by which it is encoded, not a file name: another prompt, another crop or another
 checkpoint of the encoder is another entry, and nothing has to be invalidated.
@@ -23,7 +23,7 @@ _SAMPLED = 64  # values of each weight that tell one checkpoint from another
 
 
 class Cache:
-    """A folder of safetensors files.
+    """A folder of safetensors files, or without a folder: host memory.
 
     Files appear under their names when they are complete, so that several processes can fill one folder. A file that
     cannot be read is computed again.
@@ -34,8 +34,9 @@ class Cache:
         damaged: Files that could not be read.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._memory: dict[str, dict[str, Tensor]] = {}
         self.hits = self.misses = self.damaged = 0
 
     def get(
@@ -51,30 +52,43 @@ class Cache:
         Raises:
             UsageError: The folder cannot be written to.
         """
-        path = self._path(content, settings)
-        try:
-            tensors = safetensors.torch.load_file(path)
+        name = _name(content, settings)
+        if (tensors := self._read(name)) is not None:
             self.hits += 1
             return tensors
-        except FileNotFoundError:
-            pass
-        except SafetensorError:
-            self.damaged += 1
         self.misses += 1
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
-        with whole_file(path) as partial:
-            partial.write_bytes(safetensors.torch.save(tensors))
+        if self.folder is None:
+            self._memory[name] = tensors
+        else:
+            with whole_file(self._path(self.folder, name)) as partial:
+                partial.write_bytes(safetensors.torch.save(tensors))
         return tensors
 
-    def _path(self, content: Tensor | str, settings: Mapping[str, Any]) -> Path:
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\0")
-        if isinstance(content, str):
-            key.update(content.encode())
-        else:
-            key.update(f"{content.dtype} {tuple(content.shape)} ".encode())
-            key.update(content.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        name = key.hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"  # folders of thousands of files are slow
+    def _read(self, name: str) -> dict[str, Tensor] | None:
+        if self.folder is None:
+            return self._memory.get(name)
+        try:
+            return safetensors.torch.load_file(self._path(self.folder, name))
+        except FileNotFoundError:
+            return None
+        except SafetensorError:
+            self.damaged += 1
+            return None
+
+    @staticmethod
+    def _path(folder: Path, name: str) -> Path:
+        return folder / name[:2] / f"{name}.safetensors"  # folders of thousands of files are slow
+
+
+def _name(content: Tensor | str, settings: Mapping[str, Any]) -> str:
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\0")
+    if isinstance(content, str):
+        key.update(content.encode())
+    else:
+        key.update(f"{content.dtype} {tuple(content.shape)} ".encode())
+        key.update(content.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return key.hexdigest()
 
 
 def latents(cache: Cache, vae: Any, video: Tensor) -> Tensor:
@@ -96,35 +110,6 @@ def latents(cache: Cache, vae: Any, video: Tensor) -> Tensor:
             return {"latents": vae.encode(pixels).latent_dist.mode()[0]}
 
     return cache.get(video, {"vae": fingerprint(vae)}, compute)["latents"]
-
-
-def prompt_embeddings(cache: Cache, pipe: Any, prompt: str, **arguments: Any) -> list[Tensor | None]:
-    """What `pipe.encode_prompt` returns for a prompt: tensors and Nones, in its order.
-
-    Args:
-        cache: Kept in it, by the prompt, the arguments and the text encoders.
-        pipe: Of diffusers, with an `encode_prompt` that takes a prompt.
-        prompt: One.
-        arguments: For `encode_prompt`, as JSON has them, such as `max_sequence_length`.
-    """
-    modules = {
-        name: part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None
-    }
-    settings = {
-        "encoders": {name: fingerprint(module) for name, module in modules.items()},
-        "pipeline": type(pipe).__name__,
-        "arguments": arguments,
-    }
-
-    def compute() -> dict[str, Tensor]:
-        with torch.no_grad():  # as above
-            returned = pipe.encode_prompt(prompt, **arguments)
-        returned = returned if isinstance(returned, tuple) else (returned,)
-        # A place without a tensor is an empty one, which no embedding is.
-        return {f"{i:02d}": torch.empty(0) if tensor is None else tensor for i, tensor in enumerate(returned)}
-
-    stored = cache.get(prompt, settings, compute)
-    return [tensor if tensor.numel() else None for _, tensor in sorted(stored.items())]
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -122,6 +122,11 @@ class Clips:
         """How many rows clips can be cut from."""
         return len(self._entries)
 
+    @property
+    def captions(self) -> list[str]:
+        """Of each row."""
+        return [entry.row.caption for entry in self._entries]
+
     def batch(self, step: int, size: int, seed: int) -> list[int]:
         """Which rows the batch of a step has, all of one bucket: see `batch_at`."""
         return batch_at(step, size, list(self._groups.values()), seed)

@@ -14,6 +14,7 @@ from .simulate import Figures
 
 _GIB = 2**30
 _REMEDY = {
+    "encoding prompts": "smaller text encoders or rewards",
     "sampling": "fewer frames, a smaller size, or guidance_scale=1 if the model can do without",
     "decoding": "fewer frames or a smaller size",
     "reward": "fewer frames of the reward (rewards.NAME.args.frames), or a smaller reward",

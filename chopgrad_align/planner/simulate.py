@@ -24,6 +24,7 @@ from ..reward import FrameReward
 from ..rollout import check_call
 from ..steps import LastSteps
 from ..training.config import Config
+from ..training.encoded_prompts import release_text_encoders, text_encoders
 from ..training.lora import add_lora, lora_config, lora_parameters
 from ..training.models import load_objective, load_pipeline
 from ..training.partial import decode_read
@@ -184,16 +185,22 @@ def _refusals(pipe: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A run's models, ready for training."""
+    """A run's models, ready for training, and what stands for a micro-batch of its data.
+
+    Attributes:
+        encoders: Bytes of the text encoders that were let go after prompts had been encoded.
+    """
 
     pipe: Any
     objective: Objective
     parameters: list[nn.Parameter]
+    batch: MicroBatch
+    encoders: int
 
 
 def load(config: Config, new_weights: AbstractContextManager[Any]) -> Loaded:
     """Load what a run trains with, as the trainer does; `new_weights` is the context in which its LoRA is made."""
-    pipe = load_pipeline(config.model, torch.device("cpu"))
+    pipe = load_pipeline(config.model)
     check_call(pipe, config.model.call)
     objective = _objective(config)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
@@ -203,7 +210,11 @@ def load(config: Config, new_weights: AbstractContextManager[Any]) -> Loaded:
         denoiser.train(config.lora.dropout > 0)
         if config.model.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-    return Loaded(pipe, objective, lora_parameters(denoisers))
+    batch, encoders = micro_batch(config, pipe, objective), 0
+    if config.model.encode_prompts_once:
+        encoders = sum(map(_bytes, text_encoders(pipe).values()))
+        release_text_encoders(pipe)
+    return Loaded(pipe, objective, lora_parameters(denoisers), batch, encoders)
 
 
 def _objective(config: Config) -> Objective:
@@ -240,6 +251,9 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
         resident["optimizer"] = count.now
 
         peaks = PhasePeaks(count, weights, limit)
+        if loaded.encoders:  # when the rest of the pipeline is not yet on the device
+            of_rewards = sum(size for name, size in resident.items() if name.startswith("reward "))
+            peaks.peaks["encoding prompts"] = Memory(loaded.encoders + of_rewards, 0)
         trainee = Trainee(
             pipe=loaded.pipe,
             call={**config.model.call, "num_inference_steps": config.gradient.last_steps + 1},
@@ -252,7 +266,7 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
         )
         statistics = {name: Statistics(0.0, 1.0, 1.0) for name in loaded.objective.terms}
         with suppress(TooLarge):
-            trainee.accumulate(micro_batch(config, loaded), statistics)
+            trainee.accumulate(loaded.batch, statistics)
             with peaks("optimizer"):
                 nn.utils.clip_grad_norm_(loaded.parameters, train.max_grad_norm)
                 optimizer.step()
@@ -281,13 +295,13 @@ def _marking_the_backward_pass(peaks: PhasePeaks) -> Callable[..., Tensor]:
     return decode
 
 
-def micro_batch(config: Config, loaded: Loaded) -> MicroBatch:
+def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     size = config.train.micro_batch
     return MicroBatch(
-        inputs=_inputs(loaded.pipe, config.model.call, size),
+        inputs=_inputs(pipe, config.model.call, size),
         prompts=["a video"] * size,
         frame_seeds=list(range(size)),
-        weights={name: [1.0] * size for name in loaded.objective.terms},
+        weights={name: [1.0] * size for name in objective.terms},
     )
 
 

@@ -31,6 +31,11 @@ class Begun:
 class Prediction(Protocol):
     """A small frozen object that says how a pipeline's call predicts a clip."""
 
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Conditions: which argument of the pipeline's call is which role of the data; see `columns.arguments`."""
+        ...
+
     def begin(
         self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool
     ) -> AbstractContextManager[Begun]:

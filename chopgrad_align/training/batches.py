@@ -33,6 +33,10 @@ class Batches(Protocol):
         """Some of the held-out pairs of condition and seed."""
         ...
 
+    def prompts(self, steps: int) -> list[str]:
+        """Those of the first so many steps and of the held-out pairs, and perhaps others; each once."""
+        ...
+
 
 class PromptBatches:
     """Prompts and images, each once in every shuffled epoch.
@@ -67,6 +71,11 @@ class PromptBatches:
     def held_out(self, places: range) -> MicroBatch:
         seeds = [held_out_seed(i) for i in places]
         return self._made([self._held_out[i % len(self._held_out)] for i in places], seeds, seeds)
+
+    def prompts(self, steps: int) -> list[str]:
+        read = min(steps * self._batch_size, len(self._training))
+        training = [self._training[i] for i in _choose(len(self._training), read, self._seed, 0)]
+        return [*dict.fromkeys(condition.prompt for condition in (*self._held_out, *training))]
 
     def _made(self, conditions: Sequence[Condition], seeds: list[int], frame_seeds: list[int]) -> MicroBatch:
         from diffusers.utils import load_image
@@ -105,6 +114,10 @@ class ClipBatches:
 
     def held_out(self, places: range) -> MicroBatch:
         return self._made([held_out_clip(self._held_out, i) for i in places], [held_out_seed(i) for i in places])
+
+    def prompts(self, steps: int) -> list[str]:
+        captions = (*self._held_out.captions, *self._training.captions) if self._caption is None else (self._caption,)
+        return [*dict.fromkeys(captions)]
 
     def _text(self, clip: Clip) -> str:
         return clip.caption if self._caption is None else self._caption

@@ -52,6 +52,8 @@ class Model:
     """Arguments of the pipeline's call: height, width, num_frames, num_inference_steps, guidance_scale, …"""
     gradient_checkpointing: bool = False
     """Recompute every block of the denoiser too, not only each call of it."""
+    encode_prompts_once: bool = True
+    """Before training; the text encoders then leave the device. False: in every call of the pipeline."""
     fps: PositiveFloat = 8.0
     """Of the sample videos."""
 
@@ -103,6 +105,8 @@ class Data:
     held_out: str
     """The same, to measure with."""
     clips: Clips | None = None
+    cache: str | None = None
+    """Folder that keeps the embeddings of prompts for later runs; default: host memory, for this run."""
 
 
 @_strict

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from ..data.cache import Cache
 from ..data.order import mix
 from ..errors import UsageError
 from ..evaluation.curves import draw_curves
@@ -24,12 +25,14 @@ from ..evaluation.heldout import Paired, paired
 from ..evaluation.report import write_report
 from ..evaluation.sheet import draw_samples
 from ..objective import Objective, Statistics, Term
+from ..prediction.columns import arguments
 from ..reward import FrameReward, check_reward
 from ..rollout import check_call
 from ..steps import LastSteps
 from .batches import Batches, held_out_seed
 from .config import Config, load_config, to_yaml
 from .data import Data, read_data
+from .encoded_prompts import encode_prompts
 from .evaluate import evaluate, heldout_row
 from .folder import RunFolder, said_in_words
 from .lora import add_lora, load_lora_state, lora_config, lora_parameters, lora_state, save_lora
@@ -103,7 +106,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         raise UsageError(
             f"validation.pairs={config.validation.pairs} must be at least the number of processes, {world}"
         )
-    pipe = load_pipeline(config.model, device)
+    pipe = load_pipeline(config.model)
     call = dict(config.model.call)
     for shape in data.shapes(call):
         check_call(pipe, shape)
@@ -131,6 +134,12 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         )
     if dry_run:
         return None
+    if config.model.encode_prompts_once:
+        # The rest of the pipeline waits on the CPU.
+        pair = batches.held_out(range(1))
+        inputs = {**call, **pair.inputs, **arguments(prediction.columns, pair.videos)}
+        encode_prompts(pipe, inputs, batches.prompts(config.train.steps), Cache(config.data.cache), device)
+    pipe.to(device)
 
     # State: the LoRA and its optimizer, the spread of rewards, and how far they are.
     optimizer = torch.optim.AdamW(

@@ -58,15 +58,15 @@ def check_model(model: Model) -> None:
     check_pipeline(model.name, "model.name")
 
 
-def load_pipeline(model: Model, device: torch.device) -> Any:
-    """The pipeline on the device, its VAE in its own type, its scheduler replaced if the config says so."""
+def load_pipeline(model: Model) -> Any:
+    """The pipeline on the CPU, its VAE in its own type, its scheduler replaced if the config says so."""
     pipe = read_pipeline(
         model.name, "model.name", {"default": model.dtype, "vae": model.vae_dtype}, variant=model.variant
     )
     if model.scheduler:
         pipe.scheduler = _scheduler(pipe, dict(model.scheduler))
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def _scheduler(pipe: Any, settings: dict[str, Any]) -> Any:

@@ -59,7 +59,7 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
     """
     files = {name: None if lora is None else lora_file(lora) for name, lora in loras.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(config.model, device)
+    pipe = load_pipeline(config.model).to(device)
     for name, file in files.items():
         if file is not None:
             try:

@@ -1,0 +1,186 @@
+"""Every prompt is encoded once, before training; then the text encoders, often the largest model, leave the device."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..data.cache import Cache, fingerprint
+from ..errors import UsageError
+
+_ALONE = "alone"  # the name of an embedding that is returned as it is, not in a tuple
+
+
+def text_encoders(pipe: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline that `release_text_encoders` lets go."""
+    return {
+        name: part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None
+    }
+
+
+def release_text_encoders(pipe: Any) -> None:
+    for name in text_encoders(pipe):
+        setattr(pipe, name, None)
+
+
+def encode_prompts(
+    pipe: Any, arguments: Mapping[str, Any], prompts: Iterable[str], cache: Cache, device: torch.device
+) -> bool:
+    """Encode prompts as the pipeline's call would; from then on it takes them from the cache, and has no text encoder.
+
+    How the call encodes is learnt from the call itself, which is begun with `arguments` and left as soon as it makes
+    latents. Each prompt is encoded by itself, so that what it becomes does not depend on the others of its batch.
+
+    Args:
+        pipe: A diffusers pipeline, on the CPU; its text encoders are moved to the device for this.
+        arguments: Of one call, with one prompt.
+        prompts: All that the pipeline will be called with.
+        cache: Where the embeddings are kept.
+        device: To encode on.
+
+    Returns:
+        False, and nothing has changed, if the pipeline takes no prompt, or encodes prompts with something else than
+        text, such as an image.
+
+    Raises:
+        UsageError: The embeddings of two prompts are of different shapes, so that they do not stack.
+    """
+    if "prompt" not in arguments or not hasattr(pipe, "encode_prompt") or not text_encoders(pipe):
+        return False
+    for encoder in text_encoders(pipe).values():
+        encoder.to(device)
+    encoded = _EncodedPrompts(pipe, cache, device)
+    calls = encoded.learn(arguments)
+    # Those of the prompt itself, and not, say, of the negative one in a call of its own.
+    calls = [call for call in calls if call["prompt"] == arguments["prompt"]]
+    if not calls:
+        return False
+    shapes: dict[str, list[torch.Size]] = {}
+    for prompt in tqdm(dict.fromkeys(prompts), desc="encoding prompts", leave=False):
+        rows = [encoded.add({**call, "prompt": prompt}) for call in calls]
+        shapes[prompt] = [tensor.shape for row in rows for tensor in row.values()]
+        first = next(iter(shapes))
+        if shapes[prompt] != shapes[first]:
+            raise UsageError(
+                f"{type(pipe).__name__} encodes {first!r} and {prompt!r} to different shapes, {shapes[first]} and "
+                f"{shapes[prompt]}, which do not stack: set model.encode_prompts_once=false"
+            )
+    pipe.encode_prompt = encoded
+    release_text_encoders(pipe)
+    return True
+
+
+class _NotEncoded(LookupError):
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__(f"{arguments['prompt']!r} is not among the prompts that were encoded")
+        self.arguments = arguments
+
+
+class _NotText(Exception):
+    pass
+
+
+class _LatentsAreNext(Exception):
+    pass
+
+
+class _EncodedPrompts:
+    """Takes the place of a pipeline's `encode_prompt`."""
+
+    def __init__(self, pipe: Any, cache: Cache, device: torch.device) -> None:
+        self._pipe, self._cache, self._device = pipe, cache, device
+        self._encode, self._signature = pipe.encode_prompt, inspect.signature(pipe.encode_prompt)
+        self._settings = {
+            "pipeline": type(pipe).__name__,
+            "encoders": {name: fingerprint(encoder) for name, encoder in text_encoders(pipe).items()},
+        }
+        self._known: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        if arguments["prompt"] is None:  # the caller has embeddings
+            return self._encode(*args, **kwargs)
+        device = arguments.pop("device", None) or self._pipe.device
+        rows = [self._row(one) for one in _one_by_one(arguments)]
+        together = {
+            name: torch.cat([row[name] for row in rows]).to(device) if first.numel() else None
+            for name, first in rows[0].items()
+        }
+        return together[_ALONE] if _ALONE in together else tuple(together.values())
+
+    def add(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """Encode one prompt, and know it from now on."""
+        self._known.add(_json(arguments))
+        return self._row(arguments)
+
+    def _row(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """What one prompt becomes, by its place in what is returned; an empty tensor stands for None."""
+        if (key := _json(arguments)) not in self._known:
+            raise _NotEncoded(arguments)
+        return self._cache.get(key, self._settings, lambda: self._computed(arguments))
+
+    def _computed(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+        if not text_encoders(self._pipe):
+            raise UsageError(f"{self._cache.folder}: the embedding of {arguments['prompt']!r} was lost; start again")
+        with torch.no_grad():
+            where = {"device": self._device} if "device" in self._signature.parameters else {}
+            returned = self._encode(**arguments, **where)
+        named = {_ALONE: returned} if isinstance(returned, Tensor) else {f"{i:02d}": r for i, r in enumerate(returned)}
+        return {name: torch.empty(0) if tensor is None else tensor for name, tensor in named.items()}
+
+    def learn(self, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The arguments of each time that a call encodes; none if they are not all text and numbers."""
+        calls: list[dict[str, Any]] = []
+        with mock.patch.object(self._pipe, "encode_prompt", self), _leaving_before_latents(self._pipe):
+            while True:
+                try:
+                    self._pipe(**arguments)
+                except _NotEncoded as new:
+                    self.add(new.arguments)
+                    calls.append(new.arguments)
+                except _NotText:
+                    return []
+                except _LatentsAreNext:
+                    return calls
+
+
+def _one_by_one(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments for each prompt of several: of lists that go with the prompts, the item that goes with this one."""
+    prompts = arguments["prompt"]
+    if isinstance(prompts, str):
+        yield arguments
+        return
+    for i in range(len(prompts)):
+        yield {
+            name: value[i] if isinstance(value, list) and len(value) == len(prompts) else value
+            for name, value in arguments.items()
+        }
+
+
+def _json(arguments: Mapping[str, Any]) -> str:
+    return json.dumps(arguments, sort_keys=True, default=_name_of_dtype)
+
+
+def _name_of_dtype(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    raise _NotText
+
+
+@contextmanager
+def _leaving_before_latents(pipe: Any) -> Iterator[None]:
+    def leave(*args: Any, **kwargs: Any) -> None:
+        raise _LatentsAreNext
+
+    with mock.patch.object(pipe, "prepare_latents", leave):
+        yield
