@@ -115,7 +115,10 @@ class Recurrence:
         return state, after
 
     def backward(self, hidden: Tensor, kept: dict[int, Caches], cotangents: Sequence[Tensor | None]) -> _Gradient:
-        """The gradient, given the cotangent of each group's pixels or readout (`None` where it is not shown)."""
+        """The gradient, given the cotangent of each group's pixels or readout (`None` where it is not shown).
+
+        Empties `kept`.
+        """
         gradient = _Gradient(hidden, self.weights)
         if self.local:
             caches: Caches = []
@@ -145,7 +148,7 @@ class Recurrence:
         """The groups from the last to the first, each with the caches before it."""
         stop = len(self.groups)
         for start in sorted(kept, reverse=True):
-            segment = [kept[start]]
+            segment = [kept.pop(start)]
             for index in range(start, stop - 1):
                 with self.conditions[index].again(), torch.no_grad():
                     segment.append(self.step(index, self._latents(hidden, self.groups[index]), segment[-1])[1])
@@ -338,7 +341,9 @@ class _Replayed(torch.autograd.Function):
             ]
             pieces = iter(gradient.split(lengths, recurrence.decoder.time_axis))
             cotangents = [next(pieces) if show else None for show in recurrence.shown]
-        total = recurrence.backward(hidden, ctx.kept, cotangents)
+        # The caches are let go group by group, unless this graph is to be used again.
+        kept = dict(ctx.kept) if torch._C._autograd._get_current_graph_task_keep_graph() else ctx.kept
+        total = recurrence.backward(hidden, kept, cotangents)
         return None, total.hidden, *total.weights
 
 

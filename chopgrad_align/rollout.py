@@ -94,14 +94,26 @@ def check_call(pipe: Any, call_kwargs: Mapping[str, Any]) -> None:
 def _grid(pipe: Any) -> dict[str, tuple[int, int]]:
     """The frames and sizes that a pipeline makes exactly, as (multiple, offset); only what it tells."""
     grid: dict[str, tuple[int, int]] = {}
-    if frames := getattr(pipe, "vae_scale_factor_temporal", None):
-        # CogVideoX decodes groups of two latent frames, with a single one in the first group only.
-        grid["num_frames"] = (frames * getattr(pipe.vae, "num_latent_frames_batch_size", 1), 1)
-    if pixels := getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_scale_factor", None):
+    if frames := _first_of(pipe, "scale_factor_temporal", "temporal_compression_ratio", "temporal_scale_factor"):
+        match type(pipe.vae).__name__:
+            case "AutoencoderKLCogVideoX":  # decodes latent frames two by two, and an odd one only at first
+                grid["num_frames"] = (frames * pipe.vae.num_latent_frames_batch_size, 1)
+            case "AutoencoderKLAllegro":  # has no first latent frame that is a single frame
+                grid["num_frames"] = (frames, 0)
+            case _:
+                grid["num_frames"] = (frames, 1)
+    if pixels := _first_of(
+        pipe, "scale_factor_spatial", "spatial_compression_ratio", "spatial_scale_factor", "scale_factor"
+    ):
         patch = next(iter(_denoisers(pipe).values())).config.get("patch_size", 1)
         height, width = (patch, patch) if isinstance(patch, int) else patch[-2:]
         grid |= {"height": (pixels * height, 0), "width": (pixels * width, 0)}
     return grid
+
+
+def _first_of(pipe: Any, *names: str) -> int | None:
+    """What a pipeline tells of its VAE, under the first of the names that it has."""
+    return next((value for name in names if (value := getattr(pipe, f"vae_{name}", None))), None)
 
 
 @contextlib.contextmanager

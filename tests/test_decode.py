@@ -270,6 +270,22 @@ def test_memory_does_not_grow_with_the_number_of_frames():
     assert _peak(vae, 12, Exact()) < _peak(vae, 12, Exact(checkpoint=False)) < full_long / 3
 
 
+@pytest.mark.parametrize("backprop", [Exact(checkpoint=False), Truncated(1, checkpoint=False)], ids=str)
+def test_caches_are_let_go_with_the_backward_pass(backprop):
+    vae = tiny_vaes.wan_vae()
+    latents = torch.randn(1, 4, 6, 8, 8, requires_grad=True)
+    with StorageCount() as storage:
+        pixels = decode(vae, latents, backprop)  # alive, and with it its graph, to the end
+        cotangent = torch.ones_like(pixels)
+        (first,) = torch.autograd.grad(pixels, latents, cotangent, retain_graph=True)
+        with_caches = storage.now
+        (second,) = torch.autograd.grad(pixels, latents, cotangent)
+        assert torch.equal(first, second)
+        assert with_caches + second.nbytes - storage.now >= 4 * _cache_bytes(vae)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(pixels, latents, cotangent)
+
+
 def _cache_bytes(vae) -> int:
     vae.clear_cache()
     vae._conv_idx = [0]

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import tiny_pipelines
+import tiny_vaes
 import torch
 from torch import Tensor
 
@@ -396,6 +397,31 @@ def test_accepted_frame_counts_are_kept(kind, counts):
     for count in counts:
         check_call(pipe, {**call, "num_frames": count})
         assert plain(pipe, **{**call, "num_frames": count}).shape[1] == count
+
+
+@pytest.mark.parametrize(
+    ("family", "right", "wrong", "message"),
+    [
+        ("LTX", 9, 8, r"num_frames=8; it makes 8k \+ 1, the nearest is 9"),
+        ("Mochi", 7, 8, r"num_frames=8; it makes 6k \+ 1, the nearest is 7"),
+        ("Allegro", 8, 9, r"num_frames=9; it makes multiples of 2, the nearest is 8"),
+    ],
+)
+def test_frame_counts_of_pipelines_with_names_of_their_own(family, right, wrong, message):
+    import diffusers
+
+    vae = {"LTX": tiny_vaes.ltx_vae, "Mochi": tiny_vaes.mochi_vae, "Allegro": tiny_vaes.allegro_vae}[family]()
+    denoiser = {"LTX": "LTXVideo", "Mochi": "Mochi", "Allegro": "Allegro"}[family] + "Transformer3DModel"
+    pipe = getattr(diffusers, f"{family}Pipeline")(
+        vae=vae,
+        transformer=getattr(diffusers, denoiser)(num_layers=1, num_attention_heads=1, attention_head_dim=12),
+        scheduler=tiny_pipelines.flow_scheduler("euler"),
+        text_encoder=None,
+        tokenizer=None,
+    )
+    check_call(pipe, {"num_frames": right})
+    with pytest.raises(UsageError, match=message):
+        check_call(pipe, {"num_frames": wrong})
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, True, "all"])

@@ -55,8 +55,15 @@ class Simulate(Protocol):
     def __call__(self, config: Config, limit: float) -> Figures: ...
 
 
-_BACKWARD = ("reward backward", "decoder backward", "denoiser backward")
-PHASES = ("sampling", "decoding", "reward", *_BACKWARD, "optimizer")
+PHASES = (
+    "sampling",
+    "decoding",
+    "reward",
+    "reward backward",
+    "decoder backward",
+    "denoiser backward",
+    "optimizer",
+)
 """Of a training step, in order."""
 
 
@@ -73,10 +80,9 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
         rungs = [{"gradient.checkpoint": again, "gradient.rows": rows} for again, rows in recompute]
         found.append(Lever(("decoding", "decoder backward"), rungs))
     found.append(Lever(("denoiser backward",), [{"model.gradient_checkpointing": again} for again in (False, True)]))
-    if config.gradient.decoder != "full":  # its caches stay until the whole graph is let go
-        found.append(
-            Lever(("decoding", "reward", *_BACKWARD), [{"gradient.cache": place} for place in ("device", "host")])
-        )
+    if config.gradient.decoder != "full":
+        alive = ("decoding", "reward", "reward backward", "decoder backward")
+        found.append(Lever(alive, [{"gradient.cache": place} for place in ("device", "host")]))
     smaller = [n for n in (4, 2) if any(n < size for size in chunks.values())]
     rungs = [{f"rewards.{name}.args.frames_per_chunk": min(n, size) for name, size in chunks.items()} for n in smaller]
     return [*found, Lever(("reward", "reward backward"), [{}, *rungs])]
