@@ -402,7 +402,7 @@ def test_accepted_frame_counts_are_kept(kind, counts):
 @pytest.mark.parametrize(
     ("family", "right", "wrong", "message"),
     [
-        ("LTX", 9, 8, r"num_frames=8; it makes 8k \+ 1, the nearest is 9"),
+        ("LTX", 9, 8, r"num_frames=8; it makes 4k \+ 1, the nearest is 9"),
         ("Mochi", 7, 8, r"num_frames=8; it makes 6k \+ 1, the nearest is 7"),
         ("Allegro", 8, 9, r"num_frames=9; it makes multiples of 2, the nearest is 8"),
     ],
