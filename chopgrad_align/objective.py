@@ -82,6 +82,7 @@ class Reference:
 
 
 _NOTHING = Reference()
+_NONE: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,12 @@ class Objective:
         return sorted({frame for samples in read for sample in samples for frame in sample})
 
     def scores(
-        self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference = _NOTHING
+        self,
+        video: Tensor,
+        prompts: list[str],
+        seeds: Sequence[int],
+        reference: Reference = _NOTHING,
+        known: Mapping[str, Tensor] = _NONE,
     ) -> dict[str, Tensor]:
         """Each reward's own scores, and each loss, `(B,)`.
 
@@ -230,9 +236,12 @@ class Objective:
             prompts: One a sample.
             seeds: One a sample; they decide which frames random samplers choose; equal samplers choose the same.
             reference: What losses compare with.
+            known: Scores that need not be computed.
         """
         return {
-            name: check_scores(f"{term.kind} {name!r}", term.score(video, prompts, seeds, reference), len(prompts))
+            name: known[name]
+            if name in known
+            else check_scores(f"{term.kind} {name!r}", term.score(video, prompts, seeds, reference), len(prompts))
             for name, term in self.terms.items()
         }
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from chopgrad_align.reward import FrameReward
+from chopgrad_align.reward import FrameReward, Frames
 
 from .checkpoints import load_pretrained, load_weights, loading, locate
 from .preprocess import Preprocess
@@ -38,7 +38,7 @@ class Aesthetic(FrameReward):
         *,
         clip: str = "openai/clip-vit-large-patch14",
         head: str = "camenduru/improved-aesthetic-predictor",
-        frames: int | None = None,
+        frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:
         super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)

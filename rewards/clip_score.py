@@ -12,7 +12,7 @@ import open_clip
 from torch import Tensor, nn
 
 from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameReward
+from chopgrad_align.reward import FrameReward, Frames
 
 from .checkpoints import HUB_ID, loading
 from .preprocess import Preprocess
@@ -81,7 +81,7 @@ class ClipScore(FrameReward):
         *,
         checkpoint: str | None = None,
         pretrained: str | None = None,
-        frames: int | None = None,
+        frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:
         super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)

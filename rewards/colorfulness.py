@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chopgrad_align.reward import FrameReward
+from chopgrad_align.reward import FrameReward, Frames
 
 
 class Colorfulness(FrameReward):
@@ -18,7 +18,7 @@ class Colorfulness(FrameReward):
         frames, frames_per_chunk: As for `FrameReward`.
     """
 
-    def __init__(self, *, frames: int | None = None, frames_per_chunk: int = 8) -> None:
+    def __init__(self, *, frames: Frames = None, frames_per_chunk: int = 8) -> None:
         super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)
 
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:

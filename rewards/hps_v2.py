@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameReward
+from chopgrad_align.reward import FrameReward, Frames
 
 from .checkpoints import loading, locate
 from .clip_score import ImageTextSimilarity
@@ -37,7 +37,7 @@ class HPSv2(FrameReward):
         version: str = "v2.1",
         checkpoint: str = "xswu/HPSv2",
         model: str = "ViT-H-14",
-        frames: int | None = None,
+        frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:
         super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)

@@ -3,21 +3,25 @@
 import csv
 import json
 import runpy
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import tiny_pipelines
 import torch
 from tiny_runs import ROOT, rows
 
-from chopgrad_align import Exact, Full, LastSteps
+from chopgrad_align import Exact, Full, LastSteps, Truncated, load_reward
 from chopgrad_align.data.video import write_video
 from chopgrad_align.errors import UsageError
 from chopgrad_align.losses import load_loss
-from chopgrad_align.objective import LatentTerm, LossTerm, Objective
+from chopgrad_align.memory import StorageCount
+from chopgrad_align.objective import LatentTerm, LossTerm, Objective, Term
 from chopgrad_align.prediction import Denoise, OneStep, Sample
 from chopgrad_align.prediction.latents import encode
 from chopgrad_align.prediction.one_call import Straight, VariancePreserving, one_call, path_of
 from chopgrad_align.prediction.windows import predict_long, seam_excess, windows
+from chopgrad_align.training import step, streaming
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.loop import train
 from chopgrad_align.training.phases import Phases
@@ -78,6 +82,12 @@ def gradients(pipe, run):
         pipe.transformer.zero_grad()
 
 
+def relative_error(found, expected):
+    assert found.keys() == expected.keys() != set()
+    found, expected = (torch.cat([of[name].flatten() for name in sorted(of)]) for of in (found, expected))
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 # --- latents ----------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +113,95 @@ def test_the_pipeline_decodes_encoded_latents_to_the_reconstruction(make):
 def test_a_pipeline_of_an_unknown_kind_is_refused():
     with pytest.raises(UsageError, match=r"AnimateDiffPipeline is not known to start from latents.*mode=sample"):
         encode(tiny_pipelines.animatediff(), clips()["target"])
+
+
+# --- streamed losses --------------------------------------------------------------------------------------------------
+
+
+def masked(videos):
+    mask = torch.zeros_like(videos["target"][:, :, :1])
+    mask[..., 4:12] = 1
+    return {**videos, "mask": mask}
+
+
+@pytest.mark.parametrize("make", [tiny_pipelines.wan_t2v, tiny_pipelines.cogvideox])
+def test_streamed_losses_are_those_of_the_decoded_clip(make, monkeypatch):
+    pipe, videos = make(), masked(clips(frames=9))
+    objective = Objective(
+        {
+            "l1": LossTerm(load_loss("l1", frames_per_chunk=1, inside=2.0, outside=0.5), 0.7),
+            "ssim": LossTerm(load_loss("ssim"), 0.2),
+            "latent": LatentTerm("latents", 0.1),
+        }
+    )
+    batch = replace(batch_of(videos), weights={"l1": [1.0, 3.0], "ssim": [2.0, 0.5], "latent": [1.0, 1.0]})
+    rows, decoded = [], []
+    stream = streaming.StreamedLosses.decode
+
+    def decode(*args, **kwargs):
+        decoded.append(stream(*args, **kwargs))
+        return decoded[-1]
+
+    monkeypatch.setattr(streaming.StreamedLosses, "decode", decode)
+    found = {}
+    for streamed in (True, False):
+        monkeypatch.setattr(step, "can_stream", lambda *args, streamed=streamed: streamed)
+        learner = trainee(pipe, OneStep(0.5), objective, Truncated(0))
+        found[streamed] = gradients(pipe, lambda learner=learner: rows.append(learner.accumulate(batch, {})))
+    torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-6)
+    assert relative_error(found[True], found[False]) < 1e-5
+    assert [pixels.shape for pixels in decoded] == [(2, 3, 9, 1, 1)]
+
+
+def test_streamed_losses_hold_no_clip_of_pixels(wan, monkeypatch):
+    storage, peaks = StorageCount(), {}
+
+    @contextmanager
+    def phases(name):
+        before = storage.peak = storage.now
+        yield
+        peaks.setdefault(name, []).append(storage.peak - before)
+
+    for streamed in (True, False):
+        monkeypatch.setattr(step, "can_stream", lambda *args, streamed=streamed: streamed)
+        learner = replace(trainee(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0)), phases=phases)
+        for frames in (33, 65):
+            videos = clips(1, frames=frames)
+            with storage:
+                gradients(
+                    wan, lambda learner=learner, videos=videos: learner.accumulate(batch_of(videos, "a", [7]), {})
+                )
+    more = videos["target"].nbytes / 65 * 32
+    growth = [long - short for short, long in zip(peaks["decoding"][::2], peaks["decoding"][1::2], strict=True)]
+    assert growth[0] < more / 5 < more < growth[1]
+
+
+@pytest.mark.parametrize(
+    ("terms", "backprop", "streamed"),
+    [
+        ({"a": l2(), "b": LatentTerm("latents")}, Truncated(0), True),
+        ({"a": l2()}, Truncated(1), False),
+        ({"a": l2()}, Exact(), False),
+        ({"a": LatentTerm("latents")}, Truncated(0), False),
+        ({"a": l2(), "b": LossTerm(load_loss("frame_difference"))}, Truncated(0), False),
+        ({"a": LossTerm(load_loss("l2", frames=2))}, Truncated(0), False),
+        ({"a": l2(), "b": Term(load_reward("colorfulness"))}, Truncated(0), False),
+    ],
+)
+def test_which_objectives_stream(terms, backprop, streamed):
+    assert streaming.can_stream(Objective(terms), backprop) == streamed
+
+
+def test_what_is_not_decoded_frame_group_by_frame_group_is_decoded_whole(wan):
+    videos = clips(frames=9)
+    learner = trainee(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0))
+    wan.vae.enable_slicing()
+    try:
+        sliced = gradients(wan, lambda: learner.accumulate(batch_of(videos), {}))
+    finally:
+        wan.vae.disable_slicing()
+    streamed = gradients(wan, lambda: learner.accumulate(batch_of(videos), {}))
+    assert relative_error(sliced, streamed) < 1e-4
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ..prediction.protocol import Videos
 from ..rollout import differentiable
 from ..steps import LastSteps
 from .partial import decode_read
+from .streaming import StreamedLosses, can_stream
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,14 @@ class Trainee:
         call = {**self.call, **batch.inputs}
         read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
 
+        whole = functools.partial(self.decode, read=read, expected=call.get("num_frames"))
+        streamed = None
+        if "target" in batch.videos and can_stream(self.objective, self.backprop):
+            streamed = StreamedLosses(self.objective, batch.videos["target"], batch.videos.get("mask"), batch.weights)
+
         def decode(*args: Any, **kwargs: Any) -> Tensor:
             with self.phases("decoding"):
-                return self.decode(*args, read=read, expected=call.get("num_frames"), **kwargs)
+                return whole(*args, **kwargs) if streamed is None else streamed.decode(whole, *args, **kwargs)
 
         with (
             self.phases("sampling"),
@@ -90,10 +96,13 @@ class Trainee:
             output_type = "pt" if self.objective.reads_pixels else "latent"
             video = sample(**{**call, **begun.inputs}, output_type=output_type).frames
         with self.phases("reward"):
-            scores = self.objective.scores(video, batch.prompts, batch.frame_seeds, begun.reference())
+            known = {} if streamed is None else streamed.scores
+            scores = self.objective.scores(video, batch.prompts, batch.frame_seeds, begun.reference(), known)
             values = self.objective.values(scores, batch.weights, statistics)
             total = torch.stack([*values.values()]).sum(0)
         with self.phases("backward"):
-            (-total.sum() / self.batch_size).backward()
+            # The streamed losses are part of the total's value, but not of its graph.
+            whole_batch = total.sum() if streamed is None else total.sum() + streamed.value
+            (-whole_batch / self.batch_size).backward()
         columns = [total, *scores.values(), *values.values()]
         return torch.stack([column.detach().float() for column in columns], 1)
