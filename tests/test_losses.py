@@ -25,7 +25,7 @@ SIZE = (32, 40)
 SIZES = {"dists": (16, 20)}  # VGG is not small
 PIXELWISE = ["l1", "l2", "charbonnier"]
 MAPPED = [*PIXELWISE, "ssim", "lpips"]
-FRAMEWISE = [*MAPPED, "ms_ssim", "dists", "fourier"]
+FRAMEWISE = [*MAPPED, "ms_ssim", "dists", "fourier", "psnr"]
 NAMES = [*FRAMEWISE, "frame_difference", "flow_warp"]
 
 
@@ -105,6 +105,15 @@ def reference(name, video, target):
         d = float(v - t)
         values.append({"l2": d * d, "charbonnier": math.sqrt(d * d + 1e-6)}.get(name, abs(d)))
     return sum(values) / len(values)
+
+
+def test_psnr_is_fifty_less_the_metric():
+    from chopgrad_align.evaluation.metrics.psnr import PSNR
+
+    video, target = pair(batch=1)
+    measured = PSNR()(video[0].detach(), target[0])
+    assert 10 < measured < 40
+    assert load_loss("psnr")(video, target).item() == pytest.approx(50 - measured, abs=0.05)
 
 
 @pytest.mark.parametrize("name", [*PIXELWISE, "frame_difference"])

@@ -16,6 +16,7 @@ LOSSES = {
     "l2": "chopgrad_align.losses.l2:L2",
     "lpips": "chopgrad_align.losses.lpips:LPIPS",
     "ms_ssim": "chopgrad_align.losses.ms_ssim:MSSSIM",
+    "psnr": "chopgrad_align.losses.psnr:PSNR",
     "ssim": "chopgrad_align.losses.ssim:SSIM",
 }
 """The classes of the published names; imported when they are asked for, with the libraries that they need."""
