@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import tiny_pipelines
 import torch
+from diffusers import AutoencoderKLWan
 from tiny_runs import ROOT, rows
 
 from chopgrad_align import Exact, Full, LastSteps, Truncated, load_reward
@@ -499,6 +500,36 @@ def configure(tmp_path, saved_wan):
     path = tmp_path / "task.yaml"
     path.write_text(_CONFIG.format(folder=tmp_path, model=saved_wan))
     return lambda *overrides: load_config(path, overrides)
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("one_step", 2), ("denoise", 2), ("one_step, mended", 1)])
+def test_latents_of_clips_that_come_again_are_kept(configure, tmp_path, monkeypatch, mode, kept):
+    """Each of the two files has one clip, and a target and a degraded version of it that are the same."""
+    overrides = [f"prediction.mode={mode.partition(',')[0]}", "losses={latent: {name: latent}}"]
+    if "mended" not in mode:
+        overrides += ["~data.clips.degradation", "data.clips.columns={target: file_name, degraded: file_name}"]
+    encoded = []
+    original = AutoencoderKLWan.encode
+    monkeypatch.setattr(
+        AutoencoderKLWan, "encode", lambda vae, x, **kwargs: (encoded.append(1), original(vae, x, **kwargs))[1]
+    )
+    results = []
+    for folder, more in (
+        ("plain", ()),
+        ("first", (f"data.cache={tmp_path / 'cache'}",)),
+        ("again", (f"data.cache={tmp_path / 'cache'}",)),
+    ):
+        encoded.clear()
+        config = configure(*overrides, "data.clips.starts=1", f"run.folder={tmp_path / folder}", *more)
+        assert train(config) is not None
+        results.append((len(encoded), [row["loss"] for row in rows(tmp_path / folder)]))
+    (plain, losses), (first, same), (again, still) = results
+    assert losses == same == still
+    if "mended" in mode:
+        assert plain > first > again > 0
+    else:
+        assert plain > first == kept
+        assert again == 0
 
 
 @pytest.mark.parametrize(

@@ -91,25 +91,26 @@ def _name(content: Tensor | str, settings: Mapping[str, Any]) -> str:
     return key.hexdigest()
 
 
-def latents(cache: Cache, vae: Any, video: Tensor) -> Tensor:
+def latents(cache: Cache | None, vae: Any, video: Tensor) -> Tensor:
     """A clip's latents: the mode of the VAE's posterior, not scaled or shifted.
 
     Args:
-        cache: Kept in it, by the pixels and the VAE.
+        cache: Kept in it, by the pixels and the VAE; None: nothing is kept.
         vae: Of diffusers, for videos: `encode` takes `(B, 3, F, H, W)` in [-1, 1].
         video: `(F, 3, H, W)` in [0, 1].
 
     Returns:
-        `(C, f, h, w)` on the CPU, in the VAE's type.
+        `(C, f, h, w)` in the VAE's type and on its device, without a graph.
     """
+    weight = next(vae.parameters())
 
     def compute() -> dict[str, Tensor]:
-        weight = next(vae.parameters())
         pixels = (2 * video - 1).transpose(0, 1)[None].to(weight.device, weight.dtype)
-        with torch.no_grad():  # what is written to disk carries no graph
+        with torch.no_grad():
             return {"latents": vae.encode(pixels).latent_dist.mode()[0]}
 
-    return cache.get(video, {"vae": fingerprint(vae)}, compute)["latents"]
+    found = compute() if cache is None else cache.get(video, {"vae": fingerprint(vae)}, compute)
+    return found["latents"].to(weight.device)
 
 
 def fingerprint(module: nn.Module) -> str:

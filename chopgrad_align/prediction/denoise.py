@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UsageError
 from .columns import arguments
-from .latents import encode
+from .latents import Encoder
 from .one_call import one_call, path_of
 from .protocol import Begun, Videos
 
@@ -26,10 +26,12 @@ class Denoise:
     Args:
         times: In (0, 1]: lowest and highest time of the schedule, drawn uniformly between them.
         columns: Conditions, as for `Sample`.
+        encoder: Makes latents of clips.
     """
 
     times: tuple[float, float] = (0.02, 0.98)
     columns: Mapping[str, str] = field(default_factory=dict)
+    encoder: Encoder = field(default_factory=Encoder)
 
     @contextmanager
     def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
@@ -39,7 +41,7 @@ class Denoise:
         low, high = self.times
         drawn = torch.rand((), generator=torch.Generator().manual_seed(seeds[0])).item() if training else 0.5
         time, path = low + (high - low) * drawn, path_of(pipe.scheduler)
-        clean = encode(pipe, videos["target"])
+        clean = self.encoder(pipe, videos, "target")
         noise = torch.stack(
             [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         ).to(clean)

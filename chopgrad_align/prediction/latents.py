@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.cache import Cache
+from ..data.cache import latents as latents_of_clip
 from ..errors import UsageError
+from .protocol import Videos
 
 
-def encode(pipe: Any, video: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Encoder:
+    """How a prediction encodes clips.
+
+    Args:
+        cache: Keeps the latents of some roles.
+        roles: Whose clips come again, so that keeping them pays.
+    """
+
+    cache: Cache | None = None
+    roles: frozenset[str] = frozenset()
+
+    def __call__(self, pipe: Any, videos: Videos, role: str) -> Tensor:
+        """As `encode`."""
+        return encode(pipe, videos[role], self.cache if role in self.roles else None)
+
+
+def encode(pipe: Any, video: Tensor, cache: Cache | None = None) -> Tensor:
     """Latents that the pipeline's call takes as `latents` and would decode to (the reconstruction of) this video.
 
     Args:
         pipe: A Wan, CogVideoX or HunyuanVideo pipeline.
         video: `(B, F, 3, H, W)` in [0, 1].
+        cache: Keeps the latents of each clip.
 
     Returns:
         In the pipeline's own layout and type: `(B, C, f, h, w)` in float32, for CogVideoX `(B, f, C, h, w)` in its
@@ -30,11 +52,8 @@ def encode(pipe: Any, video: Tensor) -> Tensor:
             f"prediction: {type(pipe).__name__} is not known to start from latents of a video; known are "
             f"{', '.join(_NORMALIZED)}. Use prediction.mode=sample"
         )
-    weight = next(pipe.vae.parameters())
-    pixels = (2 * video - 1).transpose(1, 2).to(weight.device, weight.dtype)
-    with torch.no_grad():
-        # One by one: the encoder's activations of several clips need not exist at a time.
-        latents = torch.cat([pipe.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)])
+    # One by one: the encoder's activations of several clips need not exist at a time.
+    latents = torch.stack([latents_of_clip(cache, pipe.vae, clip) for clip in video])
     return _NORMALIZED[family](pipe, latents.float())
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import UsageError
 from .columns import arguments
-from .latents import encode, frame_axis
+from .latents import Encoder, frame_axis
 from .one_call import one_call, path_of
 from .protocol import Begun, Videos
 
@@ -27,11 +27,13 @@ class OneStep:
         time: In (0, 1]: of the schedule; where the model believes to be. In flow matching it is the noise's share.
         source: The role of the data that it starts from.
         columns: Further conditions, as for `Sample`.
+        encoder: Makes latents of clips.
     """
 
     time: float = 0.4
     source: str = "degraded"
     columns: Mapping[str, str] = field(default_factory=dict)
+    encoder: Encoder = field(default_factory=Encoder)
 
     @contextmanager
     def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
@@ -40,14 +42,14 @@ class OneStep:
             raise UsageError(
                 f"prediction.source: the data has no role {self.source!r}. It has: {', '.join(videos) or 'none'}"
             )
-        start = encode(pipe, videos[self.source])
+        start = self.encoder(pipe, videos, self.source)
         if "context" in videos:  # of a long video: frames that are predicted already
-            known = encode(pipe, videos["context"])
+            known = self.encoder(pipe, videos, "context")
             axis = frame_axis(pipe)
             start = torch.cat(
                 [known, start.narrow(axis, known.shape[axis], start.shape[axis] - known.shape[axis])], axis
             )
-        true = encode(pipe, videos["target"]) if latents else None
+        true = self.encoder(pipe, videos, "target") if latents else None
         path = path_of(pipe.scheduler)
         with one_call(pipe, path, self.time) as call:
             inputs = {"latents": start, **call.inputs, **arguments(self.columns, videos)}

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from .. import prediction
 from ..backprop import Backprop, Exact, Full, Truncated
 from ..errors import UsageError
+from ..prediction.latents import Encoder
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -106,7 +107,8 @@ class Data:
     """The same, to measure with."""
     clips: Clips | None = None
     cache: str | None = None
-    """Folder that keeps the embeddings of prompts for later runs; default: host memory, for this run."""
+    """Folder that keeps, for this run and later ones, embeddings of prompts and latents of those clips that come again:
+    with `clips.starts` and `clips.crop=center`, what is not made on the fly. Default: prompts in host memory."""
 
 
 @_strict
@@ -156,12 +158,12 @@ class Prediction:
     overlap: Positive = 5
     """Frames that windows share, when a clip is longer than `model.call.num_frames` in the evaluation."""
 
-    def policy(self) -> prediction.Prediction:
+    def policy(self, encoder: Encoder = Encoder()) -> prediction.Prediction:  # noqa: B008 (frozen)
         match self.mode:
             case "one_step":
-                return prediction.OneStep(self.time, self.source, self.columns)
+                return prediction.OneStep(self.time, self.source, self.columns, encoder)
             case "denoise":
-                return prediction.Denoise(self.times, self.columns)
+                return prediction.Denoise(self.times, self.columns, encoder)
         return prediction.Sample(self.columns)
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..data.buckets import Bucket
+from ..data.cache import Cache
 from ..data.clips import Clips
 from ..data.prompts import Condition, read_conditions
 from ..data.source import Row
 from ..errors import UsageError
 from ..objective import Objective
+from ..prediction.latents import Encoder
 from .batches import Batches, ClipBatches, PromptBatches
 from .config import Clips as ClipsConfig
 from .config import Config
@@ -101,6 +103,15 @@ def held_out_clips(config: Config) -> Clips:
     if clips is None:
         raise UsageError("expected a config whose data are clips (data.clips)")
     return _clips(config.data.held_out, clips.held_out_split, clips, _buckets(config, clips))
+
+
+def clip_encoder(config: Config) -> Encoder:
+    """What encodes clips; it keeps those that come again, if the config has a folder for them."""
+    clips = config.data.clips
+    if config.data.cache is None or clips is None or clips.starts is None or clips.crop != "center":
+        return Encoder()
+    made = clips.degradation is not None or clips.mask is not None  # another time otherwise
+    return Encoder(Cache(config.data.cache), frozenset({"target"} if made else {"target", "degraded"}))
 
 
 def _buckets(config: Config, clips: ClipsConfig) -> list[Bucket]:

@@ -31,7 +31,7 @@ from ..rollout import check_call
 from ..steps import LastSteps
 from .batches import Batches, held_out_seed
 from .config import Config, load_config, to_yaml
-from .data import Data, read_data
+from .data import Data, clip_encoder, read_data
 from .encoded_prompts import encode_prompts
 from .evaluate import evaluate, heldout_row
 from .folder import RunFolder, said_in_words
@@ -111,7 +111,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     for shape in data.shapes(call):
         check_call(pipe, shape)
     objective = load_objective(config.rewards, device, config.losses)
-    prediction = config.prediction.policy()
+    prediction = config.prediction.policy(clip_encoder(config))
     batches = data.batches(pipe, objective, config)
     _check_rewards(objective, batches, call, device)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
