@@ -6,8 +6,9 @@
 
 Stages: `vae` (AutoencoderKLWan in Wan 2.2's residual, patchified shape), `decoder` (its decoder by itself, on latents
 with noise), `reward` (open_clip, contrastive), `latents` (the denoiser's training set, encoded once), `denoiser`
-(WanTransformer3DModel and its text encoder, flow matching), `export` (a diffusers folder and an open_clip folder,
-float16 safetensors), `evaluate` (figures, sample grid, card). One file each in `embedded_stages/`.
+(WanTransformer3DModel and its text encoder, flow matching) and `finer` (the same in four times as many tokens),
+`export` (a diffusers folder and an open_clip folder, float16 safetensors), `evaluate` (figures, sample grid, card). All
+in `embedded_stages/`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from embedded_stages.decoder import train_decoder
-from embedded_stages.denoiser import train_denoiser
+from embedded_stages.denoiser import train_denoiser, train_finer_denoiser
 from embedded_stages.evaluate import evaluate
 from embedded_stages.export import export
 from embedded_stages.latents import encode_latents
@@ -30,8 +31,9 @@ STAGES = {
     "vae": (train_vae, 2400),
     "decoder": (train_decoder, 300),
     "reward": (train_reward, 1000),
-    "latents": (encode_latents, 12000),
+    "latents": (encode_latents, 8000),
     "denoiser": (train_denoiser, 8000),
+    "finer": (train_finer_denoiser, 3000),
     "export": (export, 0),
     "evaluate": (evaluate, 128),
 }
@@ -42,14 +44,17 @@ def main() -> None:
     parser.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; default: all, in order")
     parser.add_argument("--work", type=Path, default=Path("runs/build_embedded"), help="checkpoints and logs")
     parser.add_argument("--clips", type=Path, help="folder of real mp4 files, for `evaluate`")
+    parser.add_argument("--compile", action="store_true", help="compile the denoisers: half the time, if there is g++")
     args = parser.parse_args()
     if unknown := set(args.stage) - set(STAGES):
         parser.error(f"unknown stage {', '.join(unknown)}; expected some of {', '.join(STAGES)}")
     with exit_on_usage_error():
         args.work.mkdir(parents=True, exist_ok=True)
+        compiled = {"compiled": args.compile}
+        options = {"denoiser": compiled, "finer": compiled, "evaluate": {"clips": args.clips}}
         for name in args.stage or STAGES:
             run, count = STAGES[name]
-            run(args.work, count, **({"clips": args.clips} if name == "evaluate" else {}))
+            run(args.work, count, **options.get(name, {}))
 
 
 if __name__ == "__main__":

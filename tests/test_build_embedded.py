@@ -66,6 +66,23 @@ def test_the_decoder_is_trained_on_latents_with_noise():
     assert 0.28 < strength.max() < 0.33
 
 
+def test_finer_patches_start_from_what_coarse_ones_mean():
+    from diffusers import WanTransformer3DModel
+    from embedded_stages import denoiser
+
+    torch.manual_seed(0)
+    coarse, fine = (
+        WanTransformer3DModel(**denoiser.DENOISER_CONFIG | {"patch_size": (1, size, size)}) for size in (2, 1)
+    )
+    fine.load_state_dict(denoiser._on_single_latents(coarse.state_dict()))
+    latents = torch.randn(1, denoiser.LATENT_CHANNELS, 2, 4, 4)
+    blocks = latents.repeat_interleave(2, 3).repeat_interleave(2, 4)  # constant in every patch of the coarse one
+    torch.testing.assert_close(fine.patch_embedding(latents), coarse.patch_embedding(blocks), rtol=1e-4, atol=1e-5)
+    tokens = torch.randn(1, 3, 256)
+    patches = coarse.proj_out(tokens).unflatten(-1, (4, denoiser.LATENT_CHANNELS))
+    torch.testing.assert_close(fine.proj_out(tokens), patches.mean(-2), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["vea"], "unknown stage vea; expected some of vae, "), (["export"], "run the stage 'latents' first")],
@@ -90,6 +107,7 @@ def test_every_stage_from_nothing_to_the_card(tmp_path, monkeypatch):
     reward.train_reward(work, 1)
     latents.encode_latents(work, 20)
     denoiser.train_denoiser(work, 1)
+    denoiser.train_finer_denoiser(work, 1)
     export.export(work, 0)
     evaluate.evaluate(work, 8)
     figures = json.loads((folder / "figures.json").read_text())

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def test_prompt_files_keep_to_their_side():
     assert len(set(held_out)) == len(held_out) >= 64
     assert all(scenes[caption].held_out for caption in held_out)
     assert not any(scenes[caption].held_out for caption in train)
+
+
+def test_spread_says_how_much_place_and_pose_differ_from_seed_to_seed():
+    scene = replace(procedural.random_scene(random.Random(0)), motion="standing still")
+
+    def difference(spread):
+        covered = [procedural.layers(scene, seed, frames=2, spread=spread)[2] for seed in range(6)]
+        return sum((clip - covered[0]).abs().mean().item() for clip in covered)
+
+    assert difference(0.0) == 0
+    assert 0 < difference(0.3) < difference(1.0)
 
 
 def test_the_autoencoder_reconstructs_unseen_videos(pipe):

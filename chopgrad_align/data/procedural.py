@@ -113,21 +113,24 @@ def random_scene(rng: random.Random, held_out: bool = False) -> Scene:
             return scene
 
 
-def render(scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None)) -> Tensor:
+def render(
+    scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None), spread: float = 1.0
+) -> Tensor:
     """Draw a scene; the seed decides what the caption leaves open (place, speed, phase, shades).
 
     Args:
         only: Which of the frames to draw.
+        spread: How far the shape's place, pose, size and speed vary from seed to seed; 0: not at all.
 
     Returns:
         float32 video `(3, frames drawn, size, size)` in [0, 1].
     """
-    background, painted, inside = layers(scene, seed, frames, size, only)
+    background, painted, inside = layers(scene, seed, frames, size, only, spread)
     return (painted * inside + background * (1 - inside)).clamp(0, 1)
 
 
 def layers(
-    scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None)
+    scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None), spread: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `render` puts together.
 
@@ -142,8 +145,8 @@ def layers(
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     background = _BACKGROUND_PAINTERS[scene.background](x, y, time, rng).expand(3, frames, size, size)
 
-    centre_x, centre_y, angle, scale = _trajectory(scene, time, rng)
-    radius = SIZES[scene.size] * rng.uniform(0.92, 1.08) * scale
+    centre_x, centre_y, angle, scale = _trajectory(scene, time, rng, spread)
+    radius = SIZES[scene.size] * (1 + 0.08 * spread * rng.uniform(-1, 1)) * scale
     dx, dy = (x - centre_x) / radius, (y - centre_y) / radius
     cos, sin = torch.cos(angle), torch.sin(angle)
     u, v = cos * dx + sin * dy, cos * dy - sin * dx  # the shape's own frame: unit radius, v pointing down
@@ -157,12 +160,16 @@ def layers(
     return background, fill * core + 0.06 * (1 - core), inside[None]
 
 
-def _trajectory(scene: Scene, time: Tensor, rng: random.Random) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _trajectory(scene: Scene, time: Tensor, rng: random.Random, spread: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Centre x, centre y, rotation angle (radians) and scale of the shape in every frame; each `(frames, 1, 1)`."""
+
+    def around(middle: float, reach: float) -> float:
+        return middle + spread * reach * rng.uniform(-1, 1)
+
     zero, one = torch.zeros_like(time), torch.ones_like(time)
-    x0, y0 = rng.uniform(-0.3, 0.3), rng.uniform(-0.3, 0.3)
-    angle = zero + rng.uniform(-0.2, 0.2)
-    travel = rng.uniform(0.9, 1.2) * (time - 0.5)
+    x0, y0 = around(0, 0.3), around(0, 0.3)
+    angle = zero + around(0, 0.2)
+    travel = around(1.05, 0.15) * (time - 0.5)
     match scene.motion:
         case "moving left":
             return -travel, y0 + zero, angle, one
@@ -173,14 +180,14 @@ def _trajectory(scene: Scene, time: Tensor, rng: random.Random) -> tuple[Tensor,
         case "moving down":
             return x0 + zero, travel, angle, one
         case "spinning":
-            turn = rng.choice((-1, 1)) * rng.uniform(2.5, 4.0) * time
+            turn = rng.choice((-1, 1)) * around(3.25, 0.75) * time
             return x0 + zero, y0 + zero, angle + turn, one
         case "growing":
             return x0 + zero, y0 + zero, angle, 0.55 + 0.65 * time
         case "shrinking":
             return x0 + zero, y0 + zero, angle, 1.2 - 0.65 * time
         case "bouncing":
-            height = torch.sin(math.pi * ((2.0 * time + rng.random()) % 1.0))
+            height = torch.sin(math.pi * ((2.0 * time + around(0.5, 0.5)) % 1.0))
             return x0 + zero, 0.45 - 0.8 * height, angle, one
         case "standing still":
             return x0 + zero, y0 + zero, angle, one

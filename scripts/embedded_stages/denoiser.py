@@ -1,4 +1,4 @@
-"""Stage `denoiser`: WanTransformer3DModel and its text encoder, by flow matching on the encoded clips."""
+"""Stages `denoiser` and `finer`: WanTransformer3DModel and its text encoder, by flow matching on the encoded clips."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chopgrad_align.errors import UsageError
+
 from .clips import FRAMES, SIZE, caption_tokenizer, training_scene
 from .decoder import trained_vae
 from .latents import load_latents
@@ -15,7 +17,6 @@ from .loop import train
 from .vae import LATENT_CHANNELS, VAE_CONFIG
 
 DENOISER_CONFIG = {
-    "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
     "attention_head_dim": 64,
     "in_channels": LATENT_CHANNELS,
@@ -39,7 +40,7 @@ CALL = {
 }
 
 
-def make_pipeline(work: Path, mean: Tensor, std: Tensor) -> Any:
+def make_pipeline(work: Path, mean: Tensor, std: Tensor, patch: int = 1) -> Any:
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -62,17 +63,51 @@ def make_pipeline(work: Path, mean: Tensor, std: Tensor) -> Any:
         text_encoder=UMT5EncoderModel(words),
         vae=trained_vae(work, vae),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=WanTransformer3DModel(**DENOISER_CONFIG),
+        transformer=WanTransformer3DModel(**DENOISER_CONFIG | {"patch_size": (1, patch, patch)}),
     )
 
 
-def train_denoiser(work: Path, steps: int, batch: int = 32) -> None:
+def train_denoiser(work: Path, steps: int, compiled: bool = False) -> None:
+    """On patches of 2x2 latents, a quarter of the tokens: places, colours and motions are learnt cheaply."""
+    _flow_matching("denoiser", work, steps, 2, {}, compiled, ema_decay=0.9995)
+
+
+def train_finer_denoiser(work: Path, steps: int, compiled: bool = False) -> None:
+    """The same blocks on single latents: what patches of 16 pixels leave coarse, such as the points of a star."""
+    checkpoint = work / "denoiser.pt"
+    if not checkpoint.exists():
+        raise UsageError(f"{checkpoint} does not exist; run the stage 'denoiser' first")
+    start = torch.load(checkpoint, weights_only=True)["ema"]
+    start["denoiser"] = _on_single_latents(start["denoiser"])
+    _flow_matching("finer", work, steps, 1, start, compiled, ema_decay=0.999)
+
+
+def _on_single_latents(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for patches of one latent: embed it as a patch that is constant, predict what a patch has on average."""
+    embedding = state["patch_embedding.weight"].sum((-2, -1), keepdim=True)
+    mean = {k: state[k].unflatten(0, (-1, LATENT_CHANNELS)).mean(0) for k in ("proj_out.weight", "proj_out.bias")}
+    return state | mean | {"patch_embedding.weight": embedding}
+
+
+def _flow_matching(
+    name: str,
+    work: Path,
+    steps: int,
+    patch: int,
+    start: dict[str, dict[str, Tensor]],
+    compiled: bool,
+    ema_decay: float,
+    batch: int = 32,
+) -> None:
     """Flow matching (Lipman and others, 2022): predict noise - data on the straight line between them."""
     latents = load_latents(work)
     mean, std = latents.float().mean((0, 2, 3, 4)), latents.float().std((0, 2, 3, 4))
     captions = [training_scene(i).caption for i in range(len(latents))]
-    pipe = make_pipeline(work, mean, std)
-    denoiser, text_encoder = pipe.transformer.train(), pipe.text_encoder.train()
+    pipe = make_pipeline(work, mean, std, patch)
+    modules = {"denoiser": pipe.transformer.train(), "text_encoder": pipe.text_encoder.train()}
+    for key, state in start.items():
+        modules[key].load_state_dict(state)
+    denoiser = torch.compile(pipe.transformer) if compiled else pipe.transformer
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = torch.randint(len(latents), (batch,))
@@ -89,12 +124,4 @@ def train_denoiser(work: Path, steps: int, batch: int = 32) -> None:
             velocity = denoiser(noisy, 1000 * sigma.flatten(), text, return_dict=False)[0]
         return (velocity.float() - (noise - clean)).square().mean(), {}
 
-    train(
-        "denoiser",
-        work,
-        {"denoiser": denoiser, "text_encoder": text_encoder},
-        steps,
-        0.02,
-        loss_of_step,
-        ema_decay=0.9995,
-    )
+    train(name, work, modules, steps, 0.02, loss_of_step, ema_decay=ema_decay)

@@ -26,8 +26,8 @@ def export(work: Path, _: int) -> None:
 
     latents = load_latents(work).float()
     pipe = make_pipeline(work, latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
-    trained(work, "denoiser", pipe.transformer)
-    trained(work, "denoiser", pipe.text_encoder, "text_encoder")
+    trained(work, "finer", pipe.transformer, "denoiser")
+    trained(work, "finer", pipe.text_encoder, "text_encoder")
     folder = EMBEDDED / "pipeline"
     pipe.to(torch.float16).save_pretrained(folder)
     save_tokenizer(pipe.tokenizer, folder / "tokenizer")

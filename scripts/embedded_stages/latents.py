@@ -16,6 +16,9 @@ from .clips import FRAMES, SIZE, training_scene
 from .loop import trained
 from .vae import make_vae
 
+# Place and pose, which a caption does not say, differ less than they could: so small a model has other things to learn.
+SPREAD = 0.3
+
 
 @torch.no_grad()
 def encode_latents(work: Path, count: int) -> None:
@@ -29,7 +32,7 @@ def encode_latents(work: Path, count: int) -> None:
         means = []
         for first in range(start, start + shard, 20):
             indices = range(first, first + 20)
-            clips = [procedural.render(training_scene(i), seed=i, frames=FRAMES, size=SIZE) for i in indices]
+            clips = [procedural.render(training_scene(i), i, FRAMES, SIZE, spread=SPREAD) for i in indices]
             with torch.autocast("cpu", torch.bfloat16):
                 means.append(vae.encode(torch.stack(clips) * 2 - 1).latent_dist.mode().half())
         with whole_file(path) as partial:
