@@ -13,12 +13,12 @@ way, those of other projects among them. Ratios of times hold for a quiet machin
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from chopgrad_align.command_line import size
 from chopgrad_align.errors import exit_on_usage_error
 
 
@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clips", metavar="FOLDER", help="of videos (default: procedural clips)")
     parser.add_argument("--count", type=int, default=2, help="clips, and prompts for the LoRA (default: 2)")
     parser.add_argument("--frames", type=int, default=33, help="of a clip (default: 33)")
-    parser.add_argument("--size", type=_size, default=(64, 64), metavar="HxW", help="in pixels (default: 64x64)")
+    parser.add_argument("--size", type=size, default=(64, 64), metavar="HxW", help="in pixels (default: 64x64)")
     parser.add_argument("--memory-frames", type=int, nargs="+", default=[9, 17, 33], help="lengths of curve (a)")
     parser.add_argument("--distances", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of truncation, in groups")
     parser.add_argument("--probes", type=int, default=2, help="random cotangents a group of frames, for the influence")
@@ -48,13 +48,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--figures", type=Path, metavar="FILE", help="benchmark.json of an earlier run: write its page to --out again"
     )
     return parser.parse_args(arguments)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 480x832, got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

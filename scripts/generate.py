@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from chopgrad_align.command_line import size
 from chopgrad_align.data.prompts import Condition, read_conditions
 from chopgrad_align.errors import UsageError, exit_on_usage_error
 
@@ -34,20 +35,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--frames", type=int)
-    parser.add_argument("--size", type=_size, metavar="HxW", help="height x width in pixels, such as 480x832")
+    parser.add_argument("--size", type=size, metavar="HxW", help="height x width in pixels, such as 480x832")
     parser.add_argument("--fps", type=float, default=8, help="of the file: 8 is CogVideoX's, 16 Wan's (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on CPU")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args(arguments)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH such as 480x832, got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,13 +19,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from chopgrad_align.command_line import size
 from chopgrad_align.errors import UsageError, exit_on_usage_error, whole_number
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id of a known model, or folder of a pipeline (weights are not read)")
-    parser.add_argument("--size", metavar="HxW", help="of the video, in pixels")
+    parser.add_argument("--size", type=size, metavar="HxW", help="of the video, in pixels, such as 480x832")
     parser.add_argument("--frames", type=int)
     parser.add_argument(
         "--reward",
@@ -89,13 +90,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("model", "size", "frames"):
         if getattr(args, name) is None:
             raise UsageError(f"--{name} is missing: give it, or a whole run as --config")
-    size = re.fullmatch(r"(\d+)x(\d+)", args.size)
-    if not size:
-        raise UsageError(f"--size={args.size}: expected HEIGHTxWIDTH, such as 480x832")
 
     from chopgrad_align.planner import known_models, sections
 
-    call = {"height": int(size[1]), "width": int(size[2]), "num_frames": whole_number("--frames", args.frames)}
+    height, width = args.size
+    call = {"height": height, "width": width, "num_frames": whole_number("--frames", args.frames)}
     call |= known_models().get(args.model, {}).get("call", {})
     return sections(args.model, args.reward or ["colorfulness"], call)
 

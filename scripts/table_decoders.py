@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chopgrad_align import Exact, Full, UsageError, decode
 from chopgrad_align.backprop import Backprop
+from chopgrad_align.command_line import size
 from chopgrad_align.decoders import decoder_of, known_names
 from chopgrad_align.decoders.base import Decoder, Tiled
 from chopgrad_align.decoders.tiles import TemporalTiles
@@ -60,12 +61,12 @@ Slicing (`vae.enable_slicing()`) decodes the samples of a batch one by one, here
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="480x832", help="pixels, height x width")
+    parser.add_argument("--size", type=size, default=(480, 832), metavar="HxW", help="in pixels (default: 480x832)")
     parser.add_argument("--frames", type=int, nargs=2, default=(17, 33), help="two lengths; the growth is between them")
     parser.add_argument("--only", nargs="*", help="classes; default all known")
     parser.add_argument("--output", type=Path, default=Path("docs/decoders.md"))
     args = parser.parse_args()
-    height, width = map(int, args.size.split("x"))
+    height, width = args.size
 
     torch.set_default_dtype(torch.bfloat16)  # fake modules cannot be converted
     rows = []
@@ -90,8 +91,8 @@ def main() -> None:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
     note = (
-        f"One video of {args.size}, bfloat16, GiB of device memory at the peak of decoding and backward, besides the "
-        "weights;\na decoder whose lengths do not meet the number of frames decodes the next longer one. Made by "
+        f"One video of {height}x{width}, bfloat16, GiB of device memory at the peak of decoding and backward, besides "
+        "the weights;\na decoder whose lengths do not meet the number of frames decodes the next longer one. Made by "
         "`python scripts/table_decoders.py`."
     )
     args.output.parent.mkdir(exist_ok=True)

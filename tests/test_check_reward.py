@@ -1,13 +1,10 @@
 """The check of a reward as a command: what it says of good ones, and why it refuses each kind of broken one."""
 
-import runpy
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from chopgrad_rewards.clip_score import ClipScore
 from chopgrad_rewards.colorfulness import Colorfulness
+from script_runs import run_script
 from torch import nn
 
 from chopgrad_align.data.video import write_video
@@ -15,7 +12,6 @@ from chopgrad_align.errors import UsageError
 from chopgrad_align.evaluation.check_reward import ascent, clip, examine, finite_differences, measure
 from chopgrad_align.reward import FrameReward, SampledReward
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "check_reward.py"
 PROMPTS = ["a red star", "a blue square"]
 CLIP, CAPTION = clip(None, None)
 
@@ -180,27 +176,19 @@ def test_memory_is_that_of_a_chunk_and_of_the_pixels():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run(monkeypatch, *arguments):
-    """Its exit status."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     write_video(tmp_path / "a.mp4", CLIP[:5], fps=8)
     video = ["--video", tmp_path / "a.mp4", "--prompt", "a star"]
-    assert run(monkeypatch, "colorfulness", *video, "frames={random: 2}", "frames_per_chunk=1") == 0
-    printed = capsys.readouterr().out.splitlines()
+    options = [*video, "frames={random: 2}", "frames_per_chunk=1"]
+    status, printed, _ = run_script("check_reward.py", monkeypatch, capsys, "colorfulness", *options)
+    assert status == 0
+    printed = printed.splitlines()
     assert printed[0] == "clip                5 frames of 64x64 on cpu"
     assert len(printed) == 8
 
     (tmp_path / "broken.py").write_text("def make():\n    return lambda video, prompts: video.mean()\n")
-    assert run(monkeypatch, f"{tmp_path}/broken.py:make") == 2
-    error = capsys.readouterr().err
+    status, _, error = run_script("check_reward.py", monkeypatch, capsys, f"{tmp_path}/broken.py:make")
+    assert status == 2
     assert "returned scores of shape () for a batch of 2, expected (2,): one score a sample" in error
     assert "Traceback" not in error
 
@@ -218,7 +206,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_can_be_wrong(monkeypatch, capsys, arguments, message):
-    assert run(monkeypatch, *arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert not captured.out
+    status, printed, error = run_script("check_reward.py", monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert message in error
+    assert not printed

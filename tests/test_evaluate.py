@@ -3,7 +3,6 @@
 import csv
 import math
 import re
-import runpy
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from script_runs import run_script
 
 from chopgrad_align.data import procedural
 from chopgrad_align.data.clips import Clip
@@ -23,7 +23,6 @@ from chopgrad_align.evaluation.metrics import load_metrics
 from chopgrad_align.evaluation.metrics.fvd import frechet_distance
 from chopgrad_align.evaluation.side_by_side import side_by_side
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 FORMULAS = ["psnr", "ssim", "warping_error", "relative_warping_error", "flicker"]
 
 
@@ -529,18 +528,6 @@ def test_side_by_side():
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
-def run(monkeypatch, capsys, *arguments):
-    """Exit status and what was said."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    status = 0
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Targets, and restored ones: a file each, and one that is a folder of frames."""
@@ -560,9 +547,9 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_folders_of_videos(folders, monkeypatch, capsys):
-    status, said, _ = run(
-        monkeypatch, capsys, "--pred", "restored", "--pred", "copies=frames", "--target", "targets", "--out", "out",
-        "--metrics", "psnr", "ssim",
+    status, said, _ = run_script(
+        "evaluate.py", monkeypatch, capsys, "--pred", "restored", "--pred", "copies=frames", "--target", "targets",
+        "--out", "out", "--metrics", "psnr", "ssim",
     )  # fmt: skip
     assert status == 0
     assert "| restored |" in said
@@ -573,7 +560,9 @@ def test_folders_of_videos(folders, monkeypatch, capsys):
     assert float(rows[0]["psnr"]) == pytest.approx(expected, rel=1e-6)
     assert float(rows[1]["psnr"]) > 50  # rounded to 8 bit
 
-    status, _, error = run(monkeypatch, capsys, "--pred", "restored", "--target", "targets", "--out", "out")
+    status, _, error = run_script(
+        "evaluate.py", monkeypatch, capsys, "--pred", "restored", "--target", "targets", "--out", "out"
+    )
     assert status == 2
     assert "nothing is overwritten" in error
 
@@ -594,7 +583,7 @@ def test_folders_of_videos(folders, monkeypatch, capsys):
     ],
 )
 def test_wrong_arguments(folders, monkeypatch, capsys, arguments, says):
-    status, _, error = run(monkeypatch, capsys, *arguments, "--out", "out")
+    status, _, error = run_script("evaluate.py", monkeypatch, capsys, *arguments, "--out", "out")
     assert status == 2
     assert says in error
     assert len(error.splitlines()) == 1
@@ -617,9 +606,9 @@ def test_a_config_with_its_held_out_clips(folders, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "chopgrad_align.training.restore", module)
     monkeypatch.setattr("chopgrad_align.training.config.load_config", lambda path, overrides: (path, tuple(overrides)))
     (folders / "run" / "lora").mkdir(parents=True)
-    status, said, _ = run(
-        monkeypatch, capsys, "--config", "c.yaml", "--method", "mine=run", "--out", "out", "--metrics", "psnr",
-        "--reference", "base", "--count", "3", "train.steps=1",
+    status, said, _ = run_script(
+        "evaluate.py", monkeypatch, capsys, "--config", "c.yaml", "--method", "mine=run", "--out", "out",
+        "--metrics", "psnr", "--reference", "base", "--count", "3", "train.steps=1",
     )  # fmt: skip
     assert status == 0
     config = ("c.yaml", ("train.steps=1",))

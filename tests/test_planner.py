@@ -410,12 +410,18 @@ def test_the_command_plans_for_a_folder(folder, capsys, main):
     [
         ([], "--model is missing"),
         (["--model", "x/y", "--frames", "5"], "--size is missing"),
-        (["--model", "x/y", "--size", "64", "--frames", "5"], "--size=64: expected HEIGHTxWIDTH"),
         (["--model", "x/y", "--size", "64x64", "--frames", "0"], "--frames=0: expected a whole number"),
         (["--model", "x/y", "--size", "64x64", "--frames", "5"], "no shapes for 'x/y'; give a folder"),
         (["--model", "FOLDER", "--size", "17x16", "--frames", "5"], "height=17; it makes multiples of 8"),
         (["--model", "FOLDER", "--size", "16x16", "--frames", "6"], "num_frames=6; it makes 4k"),
-        (["--model", "Lightricks/LTX-Video", "--size", "33x64", "--frames", "9"], "divisible by 32 but are 33 and 64"),
+        (
+            ["--model", "Lightricks/LTX-Video", "--size", "33x64", "--frames", "9"],
+            "height=33; it makes multiples of 32",
+        ),
+        (
+            ["--model", "FOLDER", "--size", "16x16", "--frames", "5", "model.call.prompt=a"],
+            "model.call: WanPipeline refuses it",
+        ),
         (["--model", "FOLDER", "--size", "16x16", "--frames", "5", "--reward", "hps"], "no reward is called 'hps'"),
         (["--gpu", "24", "--config", "a.yaml"], "--gpu=24: expected a number with GiB"),
         (["--gpu", "1GiB", "--config", "a.yaml"], "leaves nothing of --gpu"),
@@ -433,6 +439,12 @@ def test_wrong_arguments_are_errors_in_one_sentence(arguments, message, folder, 
     (error,) = (line for line in printed.err.splitlines() if not line.startswith("trying"))
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_size_is_height_and_width(capsys, main):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--gpu", "24GiB", "--model", "x/y", "--size", "64", "--frames", "5"])
+    assert "argument --size: expected HEIGHTxWIDTH such as 480x832, got '64'" in capsys.readouterr().err
 
 
 def test_a_reward_whose_checkpoint_is_not_there_and_clips(folder):

@@ -2,18 +2,15 @@
 
 import csv
 import io
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from chopgrad_rewards.clip_score import ClipScore
+from script_runs import run_script
 
 from chopgrad_align.data import procedural
 from chopgrad_align.data.video import read_video, write_video
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "score.py"
 STAR = procedural.Scene("red", "star", "large", "plain", "spinning", "grass")
 CIRCLE = procedural.Scene("blue", "circle", "large", "plain", "moving left", "sand")
 
@@ -27,16 +24,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(monkeypatch, capsys, *arguments):
+def run(*arguments):
     """Exit status, rows and what was said."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    status = 0
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, list(csv.DictReader(io.StringIO(captured.out))), captured.err
+    status, printed, said = run_script("score.py", *arguments)
+    return status, list(csv.DictReader(io.StringIO(printed))), said
 
 
 def expected(path, prompt, **args):

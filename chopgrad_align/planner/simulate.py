@@ -177,7 +177,8 @@ def _refusals(pipe: Any) -> Iterator[None]:
         try:
             check(*args, **kwargs)
         except ValueError as error:
-            raise UsageError(f"model.call: {type(pipe).__name__} refuses it: {error}") from error
+            reason = " ".join(str(error).split())
+            raise UsageError(f"model.call: {type(pipe).__name__} refuses it: {reason}") from error
 
     with mock.patch.object(pipe, "check_inputs", checked):
         yield
