@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import re
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,12 +20,12 @@ from ..files import whole_file
 from .crops import Crop, CropSearch
 from .estimates import TARGET, Table, make_table
 from .metrics import Metric, SetMetric
+from .page import data_uri, write_page
 from .side_by_side import side_by_side
 
 Method = Callable[[Clip], Tensor]
 """A clip -> the predicted video `(F, 3, H, W)` in [0, 1], of the target's shape. It must not look at the target."""
 
-_TEMPLATE = Path(__file__).with_name("compare.html")
 _SHOWN_AS_INPUT = ("degraded", "control")
 INPUT = "input"
 
@@ -127,7 +125,7 @@ def compare(
                 write_video(path, side_by_side({**columns, TARGET: target}), clip.fps)
                 shown.append(
                     _Shown(
-                        _data_uri(path.read_bytes(), "video/mp4"),
+                        data_uri(path.read_bytes(), "video/mp4"),
                         f"{clip.name}: {clip.caption}" if clip.caption else clip.name,
                     )
                 )
@@ -202,16 +200,10 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name.rsplit(".", 1)[0]).strip("-")[-60:] or "clip"
 
 
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def _write_page(path: Path, table: Table, videos: list[_Shown], searches: list[CropSearch]) -> None:
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=path.parent.resolve().name,
+    write_page(
+        path,
+        "compare.html",
         table=table,
         videos=videos,
         searches=[
@@ -219,8 +211,6 @@ def _write_page(path: Path, table: Table, videos: list[_Shown], searches: list[C
             for search in searches
         ],
     )
-    with whole_file(path) as partial:
-        partial.write_text(html, encoding="utf-8")
 
 
 def _picture(crop: Crop) -> _Shown:
@@ -230,4 +220,4 @@ def _picture(crop: Crop) -> _Shown:
     error = f"mean squared error {crop.error:.2g}"
     if crop.reference_error is not None:
         error += f", of the reference {crop.reference_error:.2g}"
-    return _Shown(_data_uri(content.getvalue(), "image/png"), f"{crop.clip}, frame {crop.frame}: {error}")
+    return _Shown(data_uri(content.getvalue(), "image/png"), f"{crop.clip}, frame {crop.frame}: {error}")

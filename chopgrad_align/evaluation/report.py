@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
-import jinja2
 
 from ..errors import UsageError
-from ..files import whole_file
 from .curves import read_metrics
 from .heldout import Paired, paired
+from .page import data_uri, write_page
 
-_TEMPLATE = Path(__file__).with_name("report.html")
 _TINY = 256  # pixels; narrower videos are shown pixel by pixel, not blurred
 
 
@@ -53,21 +50,17 @@ def write_report(run: str | Path) -> Path:
     run = Path(run)
     if not run.is_dir():
         raise UsageError(f"there is no run folder {run}; give the folder that a training run wrote")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        title=run.resolve().name,
+    path = run / "report.html"
+    write_page(
+        path,
+        "report.html",
         held_out=_held_out(run),
         summary=_summary(run),
-        curves=_data_uri(run / "curves.png", "image/png"),
+        curves=data_uri(curves.read_bytes(), "image/png") if (curves := run / "curves.png").is_file() else "",
         samples=_samples(run / "samples"),
         config=(run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else "",
         versions=_read_json(run / "environment.json", dict) or {},
     )
-    path = run / "report.html"
-    with whole_file(path) as partial:
-        partial.write_text(html, encoding="utf-8")
     return path
 
 
@@ -82,10 +75,6 @@ def _read_json(path: Path, kind: type) -> Any:
     if not isinstance(content, kind):
         raise UsageError(f"expected a JSON {kind.__name__} in {path}, got {content!r:.40}; mend or delete it")
     return content
-
-
-def _data_uri(path: Path, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if path.is_file() else ""
 
 
 def _held_out(run: Path) -> _HeldOut | None:
@@ -139,4 +128,4 @@ def _clip(path: Path) -> _Clip | None:
             width = container.streams.video[0].width
     except (OSError, IndexError, av.error.FFmpegError) as error:
         raise UsageError(f"{path} is not a video; delete it and write the report again") from error
-    return _Clip(_data_uri(path, "video/mp4"), width < _TINY)
+    return _Clip(data_uri(path.read_bytes(), "video/mp4"), width < _TINY)
