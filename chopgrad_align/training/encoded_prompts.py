@@ -53,7 +53,8 @@ def encode_prompts(
     Raises:
         UsageError: The embeddings of two prompts are of different shapes, so that they do not stack.
     """
-    if "prompt" not in arguments or not hasattr(pipe, "encode_prompt") or not text_encoders(pipe):
+    encodes = "prompt" in inspect.signature(getattr(pipe, "encode_prompt", lambda: None)).parameters
+    if "prompt" not in arguments or not encodes or not text_encoders(pipe):
         return False
     for encoder in text_encoders(pipe).values():
         encoder.to(device)
