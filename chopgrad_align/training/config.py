@@ -36,6 +36,8 @@ class Run:
     folder: str
     """Where everything goes; must not hold a run already."""
     seed: NonNegative = 0
+    threads: Positive | None = None
+    """Of each process on the CPU; default: its share of the cores. `accelerate launch` alone would leave it one."""
 
 
 @_strict

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         raise UsageError(
             f"validation.pairs={config.validation.pairs} must be at least the number of processes, {world}"
         )
+    if device.type == "cpu":
+        torch.set_num_threads(config.run.threads or _share_of_the_cores())
     pipe = load_pipeline(config.model)
     call = dict(config.model.call)
     for shape in data.shapes(call):
@@ -305,6 +308,11 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     accelerator.wait_for_everyone()
     accelerator.end_training()  # also ends the process group
     return result if accelerator.is_main_process else None
+
+
+def _share_of_the_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _header(config: Config) -> str:
