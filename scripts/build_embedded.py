@@ -8,8 +8,8 @@ Stages: `vae` (AutoencoderKLWan in Wan 2.2's residual, patchified shape), `decod
 with noise), `reward` (open_clip, contrastive), `latents` (the denoiser's training set, encoded once), `denoiser`
 (WanTransformer3DModel and its text encoder, flow matching) and `finer` (the same in four times as many tokens),
 `export` (a diffusers folder and an open_clip folder, float16 safetensors), `evaluate` (figures, sample grid, card). All
-in `embedded_stages/`. The weights that come with the package were made so, except that the clips of all `denoiser` steps
-and of the first 1390 of 2800 `finer` steps had the full spread of places and poses.
+in `embedded_stages/`. The weights that come with the package were made so, except that the clips of all `denoiser`
+steps and of the first 1390 of 2800 `finer` steps had the full spread of places and poses.
 """
 
 from __future__ import annotations

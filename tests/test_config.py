@@ -156,7 +156,7 @@ def test_the_section_on_gradients_becomes_a_policy():
         (["rewards.colour.cap=.inf"], r"rewards.colour.cap: expected a finite number, got inf$"),
         (["rewards.colour.cap=3", "rewards.colour.target=2"], r"rewards.colour: give a cap or a target, not both$"),
         (["trackers=[mlflow]"], r"trackers.0: expected 'tensorboard' or 'wandb', got 'mlflow'$"),
-        (["run=null"], r"run: expected a section with the keys folder, seed, got None$"),
+        (["run=null"], r"run: expected a section with the keys folder, seed, threads, got None$"),
         (["train.step=3", "train.steps=0"], r"train.steps: expected .*; unknown key 'train.step'"),
         (["steps"], r"^cannot read the override 'steps'; write key.sub=value$"),
         (["--steps=3"], r"^cannot read the override '--steps=3'; write key.sub=value$"),
