@@ -95,13 +95,13 @@ def _grid(pipe: Any) -> dict[str, tuple[int, int]]:
     """The frames and sizes that a pipeline makes exactly, as (multiple, offset); only what it tells."""
     grid: dict[str, tuple[int, int]] = {}
     if frames := _first_of(pipe, "scale_factor_temporal", "temporal_compression_ratio", "temporal_scale_factor"):
-        match type(pipe.vae).__name__:
-            case "AutoencoderKLCogVideoX":  # decodes latent frames two by two, and an odd one only at first
-                grid["num_frames"] = (frames * pipe.vae.num_latent_frames_batch_size, 1)
-            case "AutoencoderKLAllegro":  # has no first latent frame that is a single frame
-                grid["num_frames"] = (frames, 0)
-            case _:
-                grid["num_frames"] = (frames, 1)
+        multiple, offset = frames, 1
+        names = {cls.__name__ for cls in type(pipe.vae).__mro__}
+        if "AutoencoderKLCogVideoX" in names:  # decodes latent frames two by two, and an odd one only at first
+            multiple *= pipe.vae.num_latent_frames_batch_size
+        if "AutoencoderKLAllegro" in names:  # has no first latent frame that is a single frame
+            offset = 0
+        grid["num_frames"] = (multiple, offset)
     if pixels := _first_of(
         pipe, "scale_factor_spatial", "spatial_compression_ratio", "spatial_scale_factor", "scale_factor"
     ):
