@@ -30,7 +30,7 @@ from ..prediction.columns import arguments
 from ..reward import FrameReward, check_reward
 from ..rollout import check_call
 from ..steps import LastSteps
-from .batches import Batches, held_out_seed
+from .batches import held_out_seed
 from .config import Config, load_config, to_yaml
 from .data import Data, clip_encoder, read_data
 from .encoded_prompts import encode_prompts
@@ -116,7 +116,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     objective = load_objective(config.rewards, device, config.losses)
     prediction = config.prediction.policy(clip_encoder(config))
     batches = data.batches(pipe, objective, config)
-    _check_rewards(objective, batches, call, device)
+    _check_rewards(objective, batches.prompts(0), call, device)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     torch.manual_seed(config.run.seed)  # the LoRA's first weights
     denoisers = add_lora(pipe, adapter)
@@ -319,20 +319,17 @@ def _header(config: Config) -> str:
     return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
 
 
-def _check_rewards(objective: Objective, batches: Batches, call: dict[str, Any], device: torch.device) -> None:
+def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any], device: torch.device) -> None:
     size, frames = (call.get("height"), call.get("width")), call.get("num_frames", 5)
-    rewards = {name: term.reward for name, term in objective.terms.items() if isinstance(term, Term)}
-    if not rewards:
-        return
-    # One by one: clips of different shapes do not stack.
-    prompts = [prompt for i in range(2) for prompt in batches.held_out(range(i, i + 1)).prompts]
-    for name, reward in rewards.items():
+    for name, term in objective.terms.items():
+        if not isinstance(term, Term):
+            continue
         check_reward(
-            reward,
+            term.reward,
             name,
-            prompts=prompts,
+            prompts=(prompts * 2)[:2],  # there may be one
             # Frames that are scored alone need no more than a few; a model of whole videos may need all.
-            frames=min(frames, 5) if isinstance(reward, FrameReward) else frames,
+            frames=min(frames, 5) if isinstance(term.reward, FrameReward) else frames,
             size=(64, 64) if None in size else size,  # type: ignore[arg-type]
             device=device,
         )
