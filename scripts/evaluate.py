@@ -23,8 +23,10 @@ from chopgrad_align.errors import UsageError, exit_on_usage_error
 if TYPE_CHECKING:
     from chopgrad_align.data.clips import Clip
     from chopgrad_align.evaluation.compare import Method
+    from chopgrad_align.training.config import Config
 
 BASELINES = ("input", "base", "target")
+METRICS = ["psnr", "ssim", "warping_error", "relative_warping_error", "flicker"]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,9 +40,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--metrics",
         nargs="+",
-        default=["psnr", "ssim", "warping_error", "relative_warping_error", "flicker"],
         help="psnr ssim flicker lpips[:alex|vgg|squeeze] dists warping_error[:dis|raft|raft_small] "
-        "relative_warping_error[likewise] fvd:videomae:CHECKPOINT fvd:i3d:FILE (default: those that need no weights)",
+        "relative_warping_error[likewise] seams:WINDOW:OVERLAP fvd:videomae:CHECKPOINT fvd:i3d:FILE (default: those "
+        "that need no weights; seams, if clips are longer than the model's window)",
     )
     parser.add_argument("--reference", metavar="NAME", help="method that differences are taken to (default: the first)")
     parser.add_argument("--count", type=int, metavar="N", help="clips; default: one of each file")
@@ -70,30 +72,45 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from chopgrad_align.evaluation.compare import compare
     from chopgrad_align.evaluation.metrics import load_metrics
+    from chopgrad_align.training.config import load_config
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    metrics = load_metrics(args.metrics, device)
-    methods, clips, total = _from_config(args) if args.config else _from_folders(args)
+    loras = _loras(args.method)
+    config = load_config(args.config, args.overrides) if args.config else None
+    metrics = load_metrics(args.metrics or METRICS + _seams(config), device)
+    methods, clips, total = _from_config(args, config, loras) if config else _from_folders(args)
     shown = tqdm(clips, total=total, unit="clip")
     table = compare(methods, shown, metrics, args.out, reference=args.reference, videos=args.videos, device=device)
     print(table.markdown())
     print(f"look at {args.out}/index.html")
 
 
-def _from_config(args: argparse.Namespace) -> tuple[Mapping[str, Method], Iterable[Clip], int]:
-    baselines = ["input", "base"] if args.baseline is None else args.baseline
-    paths = _named(args.method, "--method")
+def _seams(config: Config | None) -> list[str]:
+    """The metric of seams, if there are clips longer than the model's window."""
+    clips, window = config and config.data.clips, config and config.model.call.get("num_frames")
+    if config and clips and window and any(frames > window for frames, _, _ in clips.buckets):
+        return [f"seams:{window}:{config.prediction.overlap}"]
+    return []
+
+
+def _loras(arguments: Sequence[str]) -> dict[str, Path]:
+    """The LoRA of each `--method`."""
+    paths = _named(arguments, "--method")
     if twice := paths.keys() & set(BASELINES):
         raise UsageError(f"--method {min(twice)}=…: that is the name of a baseline; choose another")
     loras = {name: path / "lora" if (path / "lora").is_dir() else path for name, path in paths.items()}
     if missing := [str(path) for path in loras.values() if not path.exists()]:
         raise UsageError(f"--method: there is no {missing[0]}; give the folder of a run, or of its LoRA")
+    return loras
 
+
+def _from_config(
+    args: argparse.Namespace, config: Config, loras: Mapping[str, Path]
+) -> tuple[Mapping[str, Method], Iterable[Clip], int]:
     from chopgrad_align.evaluation.compare import input_video, target_video
-    from chopgrad_align.training.config import load_config
     from chopgrad_align.training.restore import HeldOutClips, restorers
 
-    config = load_config(args.config, args.overrides)
+    baselines = ["input", "base"] if args.baseline is None else args.baseline
     clips = HeldOutClips(config, args.count)
     models: dict[str, Path | None] = {"base": None} if "base" in baselines else {}
     models |= loras

@@ -332,6 +332,8 @@ def test_features_of_i3d_are_asked_for_as_its_file_wants(tmp_path):
         ("fvd:i3d:nowhere.pt", "cannot be loaded"),
         ("lpips:resnet", "expected one of alex"),
         ("warping_error:horn", "expected dis, raft"),
+        ("seams", "expected seams:WINDOW:OVERLAP"),
+        ("seams:17:17", "an overlap from 1 to 16"),
         ("psnr:y", "no choices"),
         ("dists:vgg", "no choices"),
         ("pnsr", "did you mean 'psnr'"),
@@ -355,6 +357,20 @@ def test_wrong_names_are_one_sentence(choice, says):
 def test_clips_that_are_too_small_or_short(name, video):
     with pytest.raises(UsageError, match=f"{name} needs .* or more frames"):
         metric(name)(video, video)
+
+
+def test_a_jump_where_windows_meet_is_a_seam():
+    target, measure = footage(3, frames=29), metric("seams:17:5")
+    video = noisy(target, 3, 0.02)
+    assert measure(video, target) == pytest.approx(1, abs=0.1)
+    jump = video.clone()
+    jump[14:] += 0.5
+    assert measure(jump, target) > 3
+    elsewhere = video.clone()
+    elsewhere[5:] += 0.5
+    assert measure(elsewhere, target) < 0.6
+    assert math.isnan(measure(video[:17], target[:17]))
+    assert math.isnan(measure(target, target))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -62,6 +62,12 @@ def frame_axis(pipe: Any) -> int:
     return 1 if type(pipe).__name__.startswith("CogVideoX") else 2
 
 
+def continued(known: Tensor, latents: Tensor, axis: int) -> Tensor:
+    """The latents, whose first frames along the axis are the known ones."""
+    count = known.shape[axis]
+    return torch.cat([known, latents.narrow(axis, count, latents.shape[axis] - count)], axis)
+
+
 def _standardized(pipe: Any, latents: Tensor) -> Tensor:
     mean, std = (
         torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..objective import Reference
+from .latents import continued, frame_axis
 from .protocol import Videos
 
 
@@ -132,11 +133,18 @@ class _Call:
 
 
 @contextmanager
-def one_call(pipe: Any, path: Path, time: float) -> Iterator[_Call]:
-    """Within the context the pipeline's sampler takes one step, from `time` to the clean latents."""
+def one_call(pipe: Any, path: Path, time: float, known: Tensor | None = None) -> Iterator[_Call]:
+    """Within the context the pipeline's sampler takes one step, from `time` to the clean latents.
+
+    Args:
+        pipe: Of diffusers.
+        path: Of its model.
+        time: In (0, 1].
+        known: The first clean latents, in the pipeline's layout; they take the place of the predicted ones.
+    """
     from diffusers import SchedulerMixin
 
-    before, call = pipe.scheduler, _Call()
+    before, call, axis = pipe.scheduler, _Call(), frame_axis(pipe)
 
     class OneStepScheduler(SchedulerMixin):
         """The part of a scheduler that pipelines use."""
@@ -157,6 +165,8 @@ def one_call(pipe: Any, path: Path, time: float) -> Iterator[_Call]:
             call.output = model_output
             # In float32 or more, as schedulers do.
             call.clean = path.clean(model_output.to(sample.dtype), sample, time)
+            if known is not None:
+                call.clean = continued(known.to(call.clean), call.clean, axis)
             return (call.clean,)
 
     pipe.scheduler = OneStepScheduler()

@@ -7,11 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..errors import UsageError
 from .columns import arguments
-from .latents import Encoder, frame_axis
+from .latents import Encoder, continued, frame_axis
 from .one_call import one_call, path_of
 from .protocol import Begun, Videos
 
@@ -43,14 +41,11 @@ class OneStep:
                 f"prediction.source: the data has no role {self.source!r}. It has: {', '.join(videos) or 'none'}"
             )
         start = self.encoder(pipe, videos, self.source)
-        if "context" in videos:  # of a long video: frames that are predicted already
-            known = self.encoder(pipe, videos, "context")
-            axis = frame_axis(pipe)
-            start = torch.cat(
-                [known, start.narrow(axis, known.shape[axis], start.shape[axis] - known.shape[axis])], axis
-            )
+        known = self.encoder(pipe, videos, "context") if "context" in videos else None
+        if known is not None:
+            start = continued(known, start, frame_axis(pipe))
         true = self.encoder(pipe, videos, "target") if latents else None
         path = path_of(pipe.scheduler)
-        with one_call(pipe, path, self.time) as call:
+        with one_call(pipe, path, self.time, known) as call:
             inputs = {"latents": start, **call.inputs, **arguments(self.columns, videos)}
             yield Begun(inputs, lambda: call.reference(videos, true, None))

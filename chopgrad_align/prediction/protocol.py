@@ -12,7 +12,9 @@ from torch import Tensor
 from ..objective import Reference
 
 Videos = Mapping[str, Tensor]
-"""A batch of clips: `(B, F, C, H, W)` in [0, 1] for each role of the data (`target`, `degraded`, `mask`, …)."""
+"""A batch of clips: `(B, F, C, H, W)` in [0, 1] for each role of the data (`target`, `degraded`, `mask`, …).
+
+The role `context` is the beginning of the clip where it is known: of a window of a long video."""
 
 
 @dataclass(frozen=True)

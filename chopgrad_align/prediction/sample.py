@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..objective import Reference
 from .columns import arguments
-from .latents import encode, frame_axis
+from .latents import continued, encode, frame_axis
 from .one_call import Straight, path_of
 from .protocol import Begun, Videos
 
@@ -48,9 +48,7 @@ def _replacing(pipe: Any, known: Tensor, seeds: Sequence[int]) -> Any:
     ).to(known)
 
     def replace(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents = tensors["latents"].clone()
         noised = path.noised(known, noise, float(pipe.scheduler.sigmas[step + 1]))
-        latents.narrow(axis, 0, known.shape[axis]).copy_(noised)
-        return {"latents": latents}
+        return {"latents": continued(noised.to(tensors["latents"]), tensors["latents"], axis)}
 
     return replace

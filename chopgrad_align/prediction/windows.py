@@ -6,7 +6,6 @@ it goes on from them (latent replacement, as in Vista, arXiv 2405.17398); then t
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -55,8 +54,7 @@ def predict_long(
             made = predict(part)
             continue
         shared = made[:, span.start :]
-        whole = (shared.shape[1] - 1) // stride * stride + 1
-        predicted = predict(part | {"context": shared[:, :whole]})
+        predicted = predict(part | {"context": shared[:, : whole_frames(shared.shape[1], stride)]})
         count = shared.shape[1]
         fade = torch.linspace(0, 1, count + 2, device=made.device)[1:-1].view(1, -1, 1, 1, 1)
         blended = torch.lerp(shared, predicted[:, :count], fade)
@@ -65,20 +63,6 @@ def predict_long(
     return made
 
 
-def seam_excess(video: Tensor, target: Tensor, spans: list[slice]) -> float:
-    """How much more a video's changes from frame to frame differ from the target's at seams than elsewhere.
-
-    A seam is a step between frames within or at the ends of an overlap.
-
-    Args:
-        video, target: `(F, 3, H, W)`.
-        spans: The windows.
-
-    Returns:
-        The ratio of the mean absolute errors of frame differences, at seams by elsewhere: 1 is seamless.
-    """
-    errors = (video.diff(dim=0) - target.diff(dim=0)).abs().flatten(1).mean(1)
-    seam = torch.zeros(len(errors), dtype=torch.bool)
-    for before, after in itertools.pairwise(spans):
-        seam[max(after.start - 1, 0) : before.stop] = True
-    return (errors[seam].mean() / errors[~seam].mean()).item()
+def whole_frames(frames: int, stride: int) -> int:
+    """The most of so many frames that are the first latent frame's one and `stride` for each further one."""
+    return (frames - 1) // stride * stride + 1

@@ -82,13 +82,20 @@ class ClipData:
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> ClipBatches:
         caption = config.data.clips.caption if config.data.clips else None
-        return ClipBatches(pipe, self.training, self.held_out, config.train.batch_size, config.run.seed, caption)
+        context = (config.prediction.context, config.prediction.overlap)
+        return ClipBatches(
+            pipe, self.training, self.held_out, config.train.batch_size, config.run.seed, caption, context
+        )
 
 
 def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
     buckets = _buckets(config, clips)
     if len(buckets) > 1 and config.validation.batch > 1:
         raise UsageError("clips of several buckets do not stack: set validation.batch=1")
+    if config.prediction.context and config.prediction.overlap >= min(bucket.frames for bucket in buckets):
+        raise UsageError(
+            f"prediction.overlap={config.prediction.overlap}: fewer frames than the shortest clips have must be known"
+        )
     training = _clips(config.data.train, clips.split, clips, buckets)
     return ClipData(training, _clips(config.data.held_out, clips.held_out_split, clips, buckets), buckets)
 
