@@ -39,6 +39,18 @@ def test_a_call_is_as_before_without_the_text_encoder(name):
     torch.testing.assert_close(frames(pipe, both, [0, 1]), together, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["wan_vace", "wan_i2v"])
+def test_models_that_wait_on_the_cpu_are_not_run(name, monkeypatch):
+    pipe = getattr(tiny_pipelines, name)()
+    image = tiny_pipelines.picture()
+    given = {"image": image} if name == "wan_i2v" else {"video": [image] * 5, "reference_images": [image]}
+    for part in (pipe.vae, pipe.components.get("image_encoder")):
+        for method in ("encode", "forward"):
+            if hasattr(part, method):
+                monkeypatch.setattr(part, method, lambda *args, **kwargs: pytest.fail("it is not on the device"))
+    assert encode_prompts(pipe, call_of(name, **given), PROMPTS, Cache(), CPU)
+
+
 def test_a_second_run_reads_what_the_first_one_left(tmp_path):
     frame_sets = []
     for hits, misses in ((2, 2), (4, 0)):  # the first prompt is met three times: twice as the call is looked at

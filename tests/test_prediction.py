@@ -586,6 +586,18 @@ def test_the_saved_lora_restores_what_the_run_measured(configure, tmp_path):
             assert -(video - clip.videos["target"]).abs().mean().item() == pytest.approx(held_out[key][i], abs=1e-5)
 
 
+def test_methods_may_be_called_as_runs_are(configure, tmp_path, recwarn):
+    config = configure("run.folder=" + str(tmp_path / "wan2.1 sr"))
+    train(config)
+    (clip,) = HeldOutClips(config, 1)
+    lora = tmp_path / "wan2.1 sr" / "lora"
+    methods = restorers(config, {"wan2.1 sr": lora, "again": lora, "base": None})
+    videos = {name: method(clip) for name, method in methods.items()}
+    assert torch.equal(videos["wan2.1 sr"], videos["again"])
+    assert not torch.equal(videos["again"], videos["base"])
+    assert not [warning for warning in recwarn if "peft_config" in str(warning.message)]
+
+
 def test_a_clip_longer_than_the_window_is_restored_by_windows(configure, tmp_path):
     config = configure("data.clips.buckets=[[9, 16, 16]]", "prediction.overlap=2")
     (clip,) = HeldOutClips(config, 1)

@@ -23,6 +23,7 @@ from chopgrad_align.training import batches, loop
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.loop import train
+from chopgrad_align.training.lora import load_lora
 
 
 @pytest.fixture(scope="session")
@@ -118,12 +119,19 @@ def test_tensorboard(finished):
     assert [event.step for event in accumulator.Scalars("heldout/reward_mean")] == [0, 2, 4]
 
 
-@pytest.mark.parametrize("make", [tiny_pipelines.wan_t2v, tiny_pipelines.cogvideox])
-def test_plain_diffusers_with_the_lora_makes_the_same_videos(make, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "frames"),
+    [
+        pytest.param(tiny_pipelines.wan_t2v, 5, id="wan_t2v"),
+        pytest.param(lambda: tiny_pipelines.wan_t2v(two_stage=True), 5, id="wan_2.2"),
+        pytest.param(tiny_pipelines.cogvideox, 9, id="cogvideox"),
+    ],
+)
+def test_plain_diffusers_with_the_lora_makes_the_same_videos(make, frames, tmp_path):
     # What was measured before and after, bit for bit: the base model was not touched, and alpha (not the rank) is kept.
-    frames = {tiny_pipelines.wan_t2v: 5, tiny_pipelines.cogvideox: 9}[make]
     make().save_pretrained(tmp_path / "model")
-    config = tiny_runs.config(tmp_path, tmp_path / "model", "lora.alpha=2", "train.steps=1", frames=frames)
+    options = ["lora.alpha=2", "train.steps=1", "gradient.last_steps=3"]
+    config = tiny_runs.config(tmp_path, tmp_path / "model", *options, frames=frames)
     train(config)
     held = json.loads((tmp_path / "run" / "heldout.json").read_text())
     assert held["before"] != held["after"]
@@ -140,7 +148,16 @@ def test_plain_diffusers_with_the_lora_makes_the_same_videos(make, tmp_path):
         return [Colorfulness()(video, [""]).item() for video in videos]
 
     assert scores() == held["before"]
-    pipe.load_lora_weights(tmp_path / "run" / "lora")
+    folder = tmp_path / "run" / "lora"
+    pipe.load_lora_weights(folder)
+    if (second := folder / "transformer_2").exists():
+        assert scores() != held["after"]
+        pipe.load_lora_weights(second, load_into_transformer_2=True)
+    assert scores() == held["after"]
+
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    load_lora(pipe, folder)
     assert scores() == held["after"]
 
 

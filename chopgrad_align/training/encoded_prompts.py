@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -36,8 +36,8 @@ def encode_prompts(
 ) -> bool:
     """Encode prompts as the pipeline's call would; from then on it takes them from the cache, and has no text encoder.
 
-    How the call encodes is learnt from the call itself, which is begun with `arguments` and left as soon as it makes
-    latents. Each prompt is encoded by itself, so that what it becomes does not depend on the others of its batch.
+    How the call encodes is learnt from the call itself, which is begun with `arguments` and left as soon as it goes on to
+    images or latents, whose models may not be on the device. Each prompt is encoded by itself, so that what it becomes does not depend on the others of its batch.
 
     Args:
         pipe: A diffusers pipeline, on the CPU; its text encoders are moved to the device for this.
@@ -89,7 +89,7 @@ class _NotText(Exception):
     pass
 
 
-class _LatentsAreNext(Exception):
+class _PromptsAreDone(Exception):
     pass
 
 
@@ -142,7 +142,7 @@ class _EncodedPrompts:
     def learn(self, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The arguments of each time that a call encodes; none if they are not all text and numbers."""
         calls: list[dict[str, Any]] = []
-        with mock.patch.object(self._pipe, "encode_prompt", self), _leaving_before_latents(self._pipe):
+        with mock.patch.object(self._pipe, "encode_prompt", self), _leaving_after_prompts(self._pipe):
             while True:
                 try:
                     self._pipe(**arguments)
@@ -151,7 +151,7 @@ class _EncodedPrompts:
                     calls.append(new.arguments)
                 except _NotText:
                     return []
-                except _LatentsAreNext:
+                except _PromptsAreDone:
                     return calls
 
 
@@ -179,9 +179,12 @@ def _name_of_dtype(value: Any) -> str:
 
 
 @contextmanager
-def _leaving_before_latents(pipe: Any) -> Iterator[None]:
+def _leaving_after_prompts(pipe: Any) -> Iterator[None]:
     def leave(*args: Any, **kwargs: Any) -> None:
-        raise _LatentsAreNext
+        raise _PromptsAreDone
 
-    with mock.patch.object(pipe, "prepare_latents", leave):
+    with ExitStack() as stack:
+        for owner, method in ((pipe, "prepare_latents"), (pipe, "encode_image"), (pipe.vae, "encode")):
+            if hasattr(owner, method):
+                stack.enter_context(mock.patch.object(owner, method, leave))
         yield

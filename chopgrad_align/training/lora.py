@@ -16,7 +16,8 @@ from ..errors import UsageError
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_config"
-_TRAINED = ("transformer", "transformer_2", "unet")
+_SECOND = "transformer_2"
+_TRAINED = ("transformer", _SECOND, "unet")
 
 
 def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
     denoisers = {name: pipe.components[name] for name in _TRAINED if pipe.components.get(name) is not None}
     if not denoisers:
         raise UsageError(f"{type(pipe).__name__} has no denoiser among {', '.join(_TRAINED)}")
+    if hasattr(pipe, "load_lora_weights") and (lost := set(denoisers).difference(pipe._lora_loadable_modules)):
+        raise UsageError(f"{type(pipe).__name__}: diffusers could not load a LoRA of {', '.join(lost)} again")
     for name, denoiser in denoisers.items():
         _check_targets(name, denoiser, config.target_modules)
         inject_adapter_in_model(config, denoiser, adapter_name="default")
@@ -82,7 +85,9 @@ def load_lora_state(denoisers: dict[str, nn.Module], file: Path) -> None:
 def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, folder: Path) -> None:
     """Save so that `pipe.load_lora_weights(folder)` of plain diffusers gives the same model, alpha included.
 
-    Stable Video Diffusion has no LoRA loader in diffusers: `load_lora` is for it.
+    Of Wan 2.2's pair of transformers that call loads the LoRA of the first; the second one's is in `transformer_2/` and
+    needs another call, with `load_into_transformer_2=True`. Stable Video Diffusion has no LoRA loader in diffusers.
+    `load_lora` does either.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not hasattr(pipe, "save_lora_weights"):
@@ -90,11 +95,11 @@ def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, fo
         metadata = {"format": "pt", _CONFIG: json.dumps(kept, default=sorted)}  # peft holds targets in a set
         save_file(lora_state(denoisers), folder / WEIGHTS_NAME, metadata=metadata)
         return
-    arguments: dict[str, Any] = {}
     for name, denoiser in denoisers.items():
-        arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(denoiser)
-        arguments[f"{name}_lora_adapter_metadata"] = config.to_dict()
-    type(pipe).save_lora_weights(str(folder), **arguments)
+        of = "transformer" if name == _SECOND else name  # diffusers names both alike
+        weights = {f"{of}_lora_layers": get_peft_model_state_dict(denoiser)}
+        where = folder / _SECOND if name == _SECOND else folder
+        type(pipe).save_lora_weights(str(where), **weights, **{f"{of}_lora_adapter_metadata": config.to_dict()})
 
 
 def lora_file(path: Path) -> Path:
@@ -105,8 +110,13 @@ def lora_file(path: Path) -> Path:
     return file
 
 
-def load_lora(pipe: Any, path: Path) -> None:
+def load_lora(pipe: Any, path: Path, adapter: str | None = None) -> None:
     """Add a saved LoRA, a file or the folder of one, to a plain pipeline, also if diffusers has no loader for it.
+
+    Args:
+        pipe: Of diffusers.
+        path: As `save_lora` wrote it, or one of another maker.
+        adapter: A name for it, if there are to be several; a Python identifier.
 
     Raises:
         UsageError: The file is not there, or does not fit the pipeline.
@@ -114,8 +124,17 @@ def load_lora(pipe: Any, path: Path) -> None:
     path = lora_file(path)
     try:
         if hasattr(pipe, "load_lora_weights"):
-            pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter)
+            if (path.parent / _SECOND / path.name).is_file():
+                pipe.load_lora_weights(
+                    str(path.parent / _SECOND),
+                    weight_name=path.name,
+                    adapter_name=adapter,
+                    load_into_transformer_2=True,
+                )
             return
+        if adapter is not None:
+            raise ValueError("diffusers has no loader for LoRAs on this pipeline, so there can be one only")
         with safe_open(path, "pt") as file:
             config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
         load_lora_state(add_lora(pipe, config), path)

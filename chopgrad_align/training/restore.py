@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .batches import clip_batch, held_out_clip, held_out_seed
 from .config import Config
 from .data import held_out_clips
 from .evaluate import predict
-from .lora import lora_file
+from .lora import load_lora, lora_file
 from .models import load_pipeline
 
 
@@ -60,13 +61,12 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
     files = {name: None if lora is None else lora_file(lora) for name, lora in loras.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(config.model).to(device)
+    adapters = {name: f"method_{i}" for i, name in enumerate(files)}  # peft takes no dots in its names
     for name, file in files.items():
         if file is not None:
-            try:
-                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise UsageError(f"{file} does not fit {config.model.name} ({reason})") from error
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+                load_lora(pipe, file, adapters[name])
     prediction, call = config.prediction.policy(), dict(config.model.call)
     caption = config.data.clips.caption if config.data.clips else None
 
@@ -80,7 +80,7 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
                     pipe.disable_lora()
                 else:
                     pipe.enable_lora()
-                    pipe.set_adapters(name)
+                    pipe.set_adapters(adapters[name])
             seeds, texts = [held_out_seed(place)], [clip.caption if caption is None else caption]
             place += 1
 
