@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import runpy
+import shutil
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,14 +39,14 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "plan.py"
 def folder(tmp_path_factory):
     """A folder with the checkpoints of tiny pipelines and rewards."""
     folder = tmp_path_factory.mktemp("planner")
-    for name in ("wan_t2v", "wan_i2v", "cogvideox", "svd"):
+    for name in ("wan_t2v", "wan_i2v", "cogvideox", "svd", "animatediff"):
         getattr(tiny_pipelines, name)().save_pretrained(folder / name)
     tiny_rewards.make_checkpoints(folder / "rewards")
     return folder
 
 
 def run(folder, model, *overrides):
-    frames = {"cogvideox": 9, "svd": 4}.get(model, 5)
+    frames = {"cogvideox": 9, "svd": 4, "animatediff": 3}.get(model, 5)
     return tiny_runs.config(folder, folder / model, *overrides, frames=frames)
 
 
@@ -71,6 +72,7 @@ def learned_rewards(folder):
         ("wan_t2v", ["gradient.cache=host", "model.gradient_checkpointing=true", "gradient.last_steps=2"]),
         ("wan_t2v", ["gradient.checkpoint=false", "train.micro_batch=2", "model.dtype=bfloat16"]),
         ("cogvideox", ["gradient.cache=recompute"]),
+        ("animatediff", []),
         pytest.param("wan_i2v", ["gradient.cache=host"], marks=pytest.mark.slow),
         pytest.param("svd", ["~model.call.guidance_scale"], marks=pytest.mark.slow),
     ],
@@ -83,6 +85,67 @@ def test_simulated_figures_are_those_of_a_real_step_exactly(folder, model, overr
     assert simulate.simulate(config) == real
     encoding = set() if model == "svd" else {"encoding prompts"}  # it has no prompts
     assert real.phases.keys() == {*choose.PHASES, *encoding}
+
+
+@pytest.mark.parametrize(("model", "size"), [("wan_i2v", (832, 480)), ("svd", (1024, 576))])
+def test_an_image_is_of_the_size_that_the_pipeline_makes_by_itself(model, size):
+    pipe = getattr(tiny_pipelines, model)()
+    assert simulate._inputs(pipe, {}, 1)["image"].size == size
+    assert simulate._inputs(pipe, {"height": 16, "width": 32}, 1)["image"].size == (32, 16)
+
+
+@pytest.mark.slow
+def test_a_run_without_a_size_is_one_of_the_pipelines_own(folder, tmp_path):
+    shutil.copytree(folder / "wan_i2v", tmp_path / "wan_i2v")
+    settings = tmp_path / "wan_i2v" / "transformer" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"rope_max_seq_len": 128}))
+    own = simulate.simulate(run(tmp_path, "wan_i2v", "~model.call.height", "~model.call.width"))
+    assert own == simulate.simulate(run(tmp_path, "wan_i2v", "model.call.height=480", "model.call.width=832"))
+
+
+class ImagePipeline:
+    """As CogVideoX's: the size is its transformer's, if it is not given."""
+
+    def __call__(self, image, prompt=None, height=None, width=None):
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({}, r"model\.call: height and width are missing, for which ImagePipeline has no default"),
+        ({"height": 16}, r"model\.call: width is missing"),
+        ({"height": None, "width": 16}, r"model\.call: height is missing"),
+    ],
+)
+def test_an_image_whose_size_is_not_known(call, message):
+    with pytest.raises(UsageError, match=message):
+        simulate._inputs(ImagePipeline(), call, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "call", "limit", "length"),
+    [
+        ("wan_t2v", {}, 77, 512),
+        ("wan_t2v", {"max_sequence_length": 24}, 77, 24),
+        ("animatediff", {}, 12, 12),
+        ("animatediff", {}, 77, 16),  # positions of its encoder
+        ("animatediff", {}, int(1e30), 16),  # of a tokenizer that was saved without one
+    ],
+)
+def test_prompts_are_as_long_as_the_pipeline_pads_them(model, call, limit, length):
+    pipe = getattr(tiny_pipelines, model)()
+    pipe.tokenizer.model_max_length = limit
+    inputs = simulate._inputs(pipe, call, 2)
+    assert inputs["prompt_embeds"].shape == inputs["negative_prompt_embeds"].shape == (2, length, 8)
+
+
+def test_prompts_of_any_length_are_an_error():
+    pipe = tiny_pipelines.animatediff()
+    pipe.tokenizer.model_max_length = int(1e30)
+    pipe.text_encoder = tiny_pipelines.cogvideox().text_encoder  # T5 has no positions that could end
+    with pytest.raises(UsageError, match="how long the prompts of AnimateDiffPipeline are"):
+        simulate._inputs(pipe, {}, 1)
 
 
 def test_learned_rewards_are_loaded_without_their_weights_and_count_the_same(folder):

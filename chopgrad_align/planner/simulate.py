@@ -313,9 +313,9 @@ def _inputs(pipe: Any, call: dict[str, Any], size: int) -> dict[str, Any]:
     if "image" in parameters:
         from PIL import Image
 
-        inputs["image"] = Image.new("RGB", (call["width"], call["height"]))
+        inputs["image"] = Image.new("RGB", _image_size(pipe, call))
     if "prompt_embeds" in parameters:
-        length = call.get("max_sequence_length", parameters["max_sequence_length"].default)
+        length = _text_length(pipe, call)
         dtype, width = pipe.text_encoder.dtype, pipe.text_encoder.config.hidden_size
         for key in ("prompt_embeds", "negative_prompt_embeds"):
             inputs[key] = torch.zeros(size, length, width, dtype=dtype)
@@ -326,3 +326,39 @@ def _inputs(pipe: Any, call: dict[str, Any], size: int) -> dict[str, Any]:
     if "pooled_prompt_embeds" in parameters:
         inputs["pooled_prompt_embeds"] = torch.zeros(size, pipe.text_encoder_2.config.hidden_size, dtype=dtype)
     return inputs
+
+
+def _image_size(pipe: Any, call: dict[str, Any]) -> tuple[int, int]:
+    """Width and height, of the video."""
+    size = {key: call.get(key, _default(type(pipe).__call__, key)) for key in ("width", "height")}
+    if missing := [key for key in ("height", "width") if size[key] is None]:
+        raise UsageError(
+            f"model.call: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, for which "
+            f"{type(pipe).__name__} has no default; the planner needs the size of its image"
+        )
+    return size["width"], size["height"]
+
+
+def _text_length(pipe: Any, call: dict[str, Any]) -> int:
+    """Tokens that the pipeline pads a prompt to."""
+    from transformers.tokenization_utils_base import LARGE_INTEGER
+
+    key = "max_sequence_length"
+    given = call.get(key) or _default(type(pipe).__call__, key) or _default(pipe.encode_prompt, key)
+    if given is not None:
+        return given
+    # A tokenizer that was saved without a limit has an enormous one, so that the encoder's counts too.
+    limits = (pipe.tokenizer.model_max_length, getattr(pipe.text_encoder.config, "max_position_embeddings", None))
+    length = min(limit for limit in limits if limit is not None)
+    if length > LARGE_INTEGER:
+        raise UsageError(
+            f"model.name: how long the prompts of {type(pipe).__name__} are is not known; write model_max_length into "
+            "tokenizer/tokenizer_config.json of its folder"
+        )
+    return int(length)
+
+
+def _default(function: Callable[..., Any], name: str) -> Any:
+    """Of an argument; None if it has none, or there is no such argument."""
+    parameter = inspect.signature(function).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
