@@ -74,7 +74,8 @@ class Exact(Replay):
     """The exact gradient with one group's graph alive at a time: the default.
 
     The forward pass keeps only the caches between groups. The backward pass runs group after group again, the last
-    one first, and carries the cotangent of the caches from each group to the one before it. Costs 2F + B.
+    one first, and carries the cotangent of the caches from each group to the one before it. Costs 2F + B, and with
+    `checkpoint`, which is the default, 3F + B.
     """
 
 
@@ -84,7 +85,7 @@ class Truncated(Replay):
 
     `Truncated(0)` stores no caches and costs 2F + B, or F + B with a frame-wise loss (`decode_loss`): the cheapest
     there is. D ≥ 1 costs 2F + (D + 1)B, more than `Exact`, which has no error: choose it to reproduce the paper.
-    `Truncated(G - 1)` equals `Exact`.
+    With `checkpoint` each is one F more. `Truncated(G - 1)` equals `Exact`.
 
     Args:
         distance: The number of earlier groups whose latents receive gradient from a group's pixels; 0 or more.
@@ -96,3 +97,9 @@ class Truncated(Replay):
         super().__post_init__()
         if isinstance(self.distance, bool) or not isinstance(self.distance, int) or self.distance < 0:
             raise UsageError(f"Truncated(distance={self.distance!r}): expected a whole number of groups, 0 or more")
+
+
+def expect_policy(caller: str, backprop: object) -> None:
+    """Raise a UsageError for what is not a policy, such as the class of one."""
+    if not isinstance(backprop, Backprop):
+        raise UsageError(f"{caller}: backprop={backprop!r}: expected a policy, such as Exact() or Truncated(0)")

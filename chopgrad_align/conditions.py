@@ -19,12 +19,14 @@ class Conditions:
         self._device_random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self, random: bool = True) -> Iterator[None]:
+        """Within the context all is as it was; with `random=False`, but for the random state."""
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([] if self._device_random is None else [self._device]))
-            torch.set_rng_state(self._random)
-            if self._device_random is not None:
-                torch.cuda.set_rng_state(self._device_random, self._device)
+            if random:
+                stack.enter_context(torch.random.fork_rng([] if self._device_random is None else [self._device]))
+                torch.set_rng_state(self._random)
+                if self._device_random is not None:
+                    torch.cuda.set_rng_state(self._device_random, self._device)
             for kind, enabled, dtype in self._autocast:
                 # Without autocast's cache, which could hold weights that were cast when no gradient was recorded.
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .backprop import Backprop, Exact, Truncated
+from .backprop import Backprop, Exact, Truncated, expect_policy
+from .clamp import clamp_of
 from .decoders import decoder_of
-from .decoders.base import Decoder, Group, Tiled
+from .decoders.base import Decoder, Tiled
 from .errors import UsageError
-from .recurrence import Recurrence, clamp_of
+from .recurrence import Recurrence
 
 FrameLoss = Callable[[Tensor, slice], Tensor]
 
@@ -43,12 +45,15 @@ def decode(
         latents like that, or `(B, F, C, H, W)` by AutoencoderKLAllegro.
 
     Raises:
-        UsageError: An unknown decoder, latents or frames that do not fit it, or a mode of it that has no gradient
-            here; in the backward pass: weights that changed since the forward pass, or a second derivative.
+        UsageError: An unknown decoder or policy, latents, frames or arguments that do not fit it, or a mode of it that
+            has no gradient here; in the backward pass: weights that changed since the forward pass, or a second
+            derivative.
     """
+    expect_policy("decode", backprop)
     decoder = decoder_of(vae, latents, **decode_kwargs)
-    pieces = latents.split(1) if decoder.sliced else (latents,)
-    return torch.cat([_decode(decoder, piece, backprop, frames) for piece in pieces])
+    if not decoder.sliced or len(latents) == 1:
+        return _decode(decoder, latents, backprop, frames)
+    return torch.cat([_decode(decoder, piece, backprop, frames) for piece in latents.split(1)])
 
 
 def _decode(
@@ -82,7 +87,12 @@ def _frame_indices(frames: slice | Sequence[int], count: int) -> list[int]:
     if isinstance(frames, slice):
         indices = list(range(count)[frames])
     else:
-        indices = [i + count if -count <= i < 0 else i for i in frames]
+        try:
+            indices = [i + count if -count <= i < 0 else i for i in map(operator.index, frames)]
+        except TypeError:
+            raise UsageError(
+                f"decode: frames={frames!r}: expected a slice or a list of numbers of frames, such as [0, 8, 16]"
+            ) from None
     if not indices or not all(0 <= i < count for i in indices):
         raise UsageError(f"decode: frames={frames!r} must name at least one of the {count} frames, counted from 0")
     return indices
@@ -99,7 +109,8 @@ def decode_loss(
 
     With `Truncated(0)` the gradient is taken during the forward pass, group by group: F + B, the graph and the pixels
     of one group alive at a time. The other policies take it in the backward pass as `decode` does, with the loss
-    evaluated again beside each group. Where the VAE decodes in tiles, all pixels must be there before they blend: then
+    evaluated again beside each group; so does `Truncated(0)` in float16, which needs the loss's scale. Where the VAE
+    decodes in tiles or, by `enable_slicing`, sample by sample, all pixels must be there before they come together: then
     they are held, and the loss is taken of one piece at a time, evaluated again in the backward pass.
 
     Args:
@@ -112,6 +123,7 @@ def decode_loss(
     Returns:
         A scalar with a gradient to `latents` and to every weight of the VAE that requires one.
     """
+    expect_policy("decode_loss", backprop)
     decoder = decoder_of(vae, latents, **decode_kwargs)
 
     def evaluate(pixels: Tensor, frames: slice) -> Tensor:
@@ -124,13 +136,14 @@ def decode_loss(
         return loss
 
     if isinstance(decoder, Tiled):
-        pixels, spans = decode(vae, latents, backprop, **decode_kwargs), decoder.spans(latents)
-        pieces = pixels.split([span.stop - span.start for span in spans], decoder.time_axis)
-        losses = [checkpoint(evaluate, *piece, use_reentrant=False) for piece in zip(pieces, spans, strict=True)]
-        return torch.stack(losses).sum()
-
-    def readout(group: Group, pixels: Tensor) -> Tensor:
-        return evaluate(pixels, group.frames)
-
-    groups = [part for group in decoder.groups(latents) for part in decoder.parts(group)]
-    return Recurrence(decoder, backprop, groups, readout=readout).run(decoder.prologue(latents))
+        spans = decoder.spans(latents)
+    else:
+        groups = [part for group in decoder.groups(latents) for part in decoder.parts(group)]
+        if not decoder.sliced or len(latents) == 1:
+            recurrence = Recurrence(decoder, backprop, groups, readout=lambda g, pixels: evaluate(pixels, g.frames))
+            return recurrence.run(decoder.prologue(latents))
+        spans = [group.frames for group in groups]
+    pixels = decode(vae, latents, backprop, **decode_kwargs)
+    pieces = pixels.split([span.stop - span.start for span in spans], decoder.time_axis)
+    losses = [checkpoint(evaluate, *piece, use_reentrant=False) for piece in zip(pieces, spans, strict=True)]
+    return torch.stack(losses).sum()

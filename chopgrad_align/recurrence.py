@@ -19,15 +19,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backprop import Backprop, Replay, Truncated
+from .clamp import clamp_of
 from .conditions import Conditions
-from .decoders.base import Block, Cache, Clamp, Decoder, Group, Hidden, Local, stateless
+from .decoders.base import Block, Cache, Decoder, Group, Hidden, Local, stateless
 from .errors import UsageError
 from .graph import Cotangents, Graph, RowGraphs, plus
 from .lean import Lean
 from .offload import Device, Host, Place
+from .versions import versions
 
 Caches = list[Cache]
 """The state of the recurrence between two groups, put away: one cache a unit. An empty list before the first group."""
@@ -68,7 +70,8 @@ class Recurrence:
         needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(self.weights))
         if self.replay is None or not needs_gradient:
             return self.forward(hidden)
-        if self.local and self.readout is not None:
+        if self.local and self.readout is not None and hidden.dtype is not torch.float16:
+            # In half precision a cotangent would underflow that is taken before the loss is scaled.
             return _Fused.apply(self, hidden, *self.weights)
         return _Replayed.apply(self, hidden, *self.weights)
 
@@ -97,8 +100,9 @@ class Recurrence:
             if shown:
                 results.append(self._head(group)(state, None)[0][0])
             del state  # the last output is large
+        self.place.settle()
         if self.readout is None:
-            return torch.cat(results, self.decoder.time_axis)
+            return results[0] if len(results) == 1 else torch.cat(results, self.decoder.time_axis)
         return torch.stack(results).sum()
 
     def step(self, index: int, latents: Tensor, caches: Caches) -> tuple[Hidden, Caches]:
@@ -109,7 +113,7 @@ class Recurrence:
         after: Caches = []
         for number, unit in enumerate(units):
             cache = self.place.get(caches[number])
-            self.place.fetch(caches[number + 1 : number + 2])
+            self.place.fetch(*caches[number + 1 : number + 2])
             state, cache = unit(state, cache)
             after.append(self.place.put(cache))
         return state, after
@@ -165,12 +169,16 @@ class Recurrence:
         pulls: Sequence[tuple[Tensor | None, CacheCotangents]],
         gradient: _Gradient,
         carry: bool,
+        first: bool = False,
     ) -> tuple[Tensor | None, list[CacheCotangents], Caches]:
         """Run one group, and pull pairs of cotangents (of its result, of the caches after it) back through it.
 
         The units run forward without a graph, which keeps what each was given, then one after the other again, with a
         graph, from the last to the first. Adds to `gradient`. Returns the result of the group; for each pair the
         cotangents of the caches before it, if they are to be carried; and the caches after it, if groups are local.
+
+        Args:
+            first: The group has not run before: what it draws is drawn from the random state as it is.
         """
         latents = self._latents(hidden, group).detach()
         units = self.units(index)
@@ -187,13 +195,13 @@ class Recurrence:
         conditions: list[Conditions] = []
         after_group: Caches = []
         state: Hidden = (latents,)
-        with self.conditions[index].again():
+        with self.conditions[index].again(random=not first):
             for number, unit in enumerate(units):
                 conditions.append(Conditions(latents.device))
                 cache = self.place.get(caches[number])
-                self.place.fetch(caches[number + 1 : number + 2])
+                self.place.fetch(*caches[number + 1 : number + 2])
                 if number == last and not self._by_rows(unit, state):  # it need not run twice
-                    graph = self._graph(unit, state, cache, conditions[-1], gradient.needs_hidden or number > 0, carry)
+                    graph = self._graph(unit, state, cache, None, gradient.needs_hidden or number > 0, carry)
                     assert isinstance(graph, Graph)
                     state, cache = graph.output, graph.after
                 else:
@@ -217,7 +225,7 @@ class Recurrence:
         for number in range(last, -1, -1):
             if graph is None:
                 state, cache = self.place.get(given.pop()), self.place.get(caches[number])
-                self.place.fetch([*given[-1:], *caches[number - 1 : number]])
+                self.place.fetch(*given[-1:], *caches[number - 1 : number])
                 graph = self._graph(
                     units[number], state, cache, conditions[number], gradient.needs_hidden or number > 0, carry
                 )
@@ -259,8 +267,9 @@ class Recurrence:
         return rows is not None and isinstance(unit, Local) and state[0].shape[-2] * unit.scale > rows
 
     def _graph(
-        self, unit: Block, state: Hidden, cache: Cache, conditions: Conditions, through_hidden: bool, carry: bool
+        self, unit: Block, state: Hidden, cache: Cache, conditions: Conditions | None, through_hidden: bool, carry: bool
     ) -> Graph | RowGraphs:
+        """A unit with a graph, under the conditions of its run before; None: those of the moment are the same."""
         assert self.replay is not None
         lean = Lean(self.decoder.stable) if self.replay.lean else nullcontext()
         recording = partial(_recording, conditions, lean)
@@ -285,8 +294,8 @@ def _in_turn(blocks: Sequence[Block]) -> Block:
 
 
 @contextmanager
-def _recording(conditions: Conditions, lean: AbstractContextManager[Any]) -> Iterator[None]:
-    with conditions.again(), lean:
+def _recording(conditions: Conditions | None, lean: AbstractContextManager[Any]) -> Iterator[None]:
+    with conditions.again() if conditions else nullcontext(), lean:
         yield
 
 
@@ -317,17 +326,17 @@ class _Replayed(torch.autograd.Function):
     def forward(ctx: Any, recurrence: Recurrence, hidden: Tensor, *weights: Tensor) -> Tensor:
         ctx.recurrence, ctx.kept = recurrence, {}
         ctx.save_for_backward(hidden)
-        ctx.versions = _versions(recurrence.decoder.vae)
+        ctx.versions = versions(recurrence.decoder.vae)
         return recurrence.forward(hidden, ctx.kept)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         recurrence = ctx.recurrence
         _refuse_second_derivative()
-        if _versions(recurrence.decoder.vae) != ctx.versions:
+        if versions(recurrence.decoder.vae) != ctx.versions:
             raise UsageError(
-                "decode: weights of the VAE changed between the forward and the backward pass, which runs the decoder "
-                "again; call backward() before optimizer.step()"
+                "decode: weights of the VAE changed, or its mode, between forward and backward pass, which runs "
+                "the decoder again; call backward() before optimizer.step()"
             )
         (hidden,) = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
@@ -358,39 +367,17 @@ class _Fused(torch.autograd.Function):
         one = torch.ones((), device=hidden.device)
         for index, group in enumerate(recurrence.groups):
             recurrence.conditions.append(Conditions(hidden.device))
-            loss, _, caches = recurrence.pull(index, group, hidden, caches, [(one, [])], ctx.gradient, carry=False)
+            loss, _, caches = recurrence.pull(
+                index, group, hidden, caches, [(one, [])], ctx.gradient, carry=False, first=True
+            )
             losses.append(loss)
+        recurrence.place.settle()
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         return None, *ctx.gradient.times(gradient)
-
-
-def clamp_of(backprop: Backprop) -> Clamp:
-    """The clamp to [-1, 1] with the gradient that the policy asks for."""
-    return _clamp if backprop.saturated == "zero" else _ClampPassThrough.apply
-
-
-class _ClampPassThrough(torch.autograd.Function):
-    """Clamp to [-1, 1] whose gradient is the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _clamp(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def _clamp(x: Tensor) -> Tensor:
-    return torch.clamp(x, min=-1.0, max=1.0)
-
-
-def _versions(module: nn.Module) -> list[int]:
-    return [tensor._version for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _refuse_second_derivative() -> None:

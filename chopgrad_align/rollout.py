@@ -16,17 +16,20 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from .backprop import Backprop, Exact
+from .backprop import Backprop, Exact, expect_policy
+from .clamp import clamp_of, denormalized
 from .decode import decode
 from .decoders import known_decoder
 from .errors import UsageError
 from .steps import LastSteps
+from .versions import versions
 
 DENOISERS = ("transformer", "transformer_2", "unet", "controlnet")
 """The pipeline components that are called in every denoising step."""
@@ -65,11 +68,13 @@ def check_call(pipe: Any, call_kwargs: Mapping[str, Any]) -> None:
     """Check the arguments of a rollout that can be checked before sampling.
 
     Raises:
-        UsageError: A VAE that `decode` does not know, an argument that the pipeline does not have or that `rollout`
-            sets itself, or a number of frames or a size that the pipeline would round.
+        UsageError: Something else than a video pipeline, a VAE that `decode` does not know, an argument that the
+            pipeline does not have or that `rollout` sets itself, or a number of frames or a size that it would round.
     """
-    known_decoder(pipe.vae)
     name = type(pipe).__name__
+    if getattr(pipe, "vae", None) is None or not hasattr(pipe, "video_processor"):
+        raise UsageError(f"rollout: expected a diffusers pipeline that makes videos with a VAE, got {name}")
+    known_decoder(pipe.vae)
     parameters = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in call_kwargs:
@@ -125,9 +130,13 @@ def differentiable(
     Yields the pipeline's own call without its `torch.no_grad`. `decode` takes the place of `chopgrad_align.decode`.
 
     Raises:
-        UsageError: Modules with hooks that offload, cache or cast, a rollout inside another of the same pipeline, a
-            pipeline without a known denoiser, or one that took more or fewer steps than it announced.
+        UsageError: Policies of another kind, modules with hooks that offload, cache or cast, a rollout inside another
+            of the same pipeline, a pipeline without a known denoiser, or one that took more or fewer steps than it
+            announced.
     """
+    expect_policy("rollout", backprop)
+    if not isinstance(steps, LastSteps):
+        raise UsageError(f"rollout: steps={steps!r}: expected a policy, such as LastSteps(1)")
     denoisers = _denoisers(pipe)
     _refuse_hooks(pipe, {**denoisers, "vae": pipe.vae})
     if torch.is_inference_mode_enabled():
@@ -178,6 +187,9 @@ def differentiable(
         stack.enter_context(_replaced(scheduler, "step", step))
         stack.callback(_release, scheduler)
         stack.enter_context(_replaced(pipe.vae, "decode", decode_latents))
+        # The same clamp with the policy's gradient: the pipeline's own would stop what the decoder's let through.
+        denormalize = functools.partial(denormalized, clamp=clamp_of(backprop, 0.0, 1.0))
+        stack.enter_context(mock.patch.object(pipe.video_processor, "denormalize", denormalize))
         for denoiser in denoisers.values():
             stack.enter_context(_replaced(denoiser, "forward", forward))
         stack.enter_context(torch.no_grad())  # also restores the caller's mode after `switch_on_when_due`
@@ -248,17 +260,14 @@ def _recomputed(original: Callable[..., Any], module: nn.Module, args: tuple, kw
         named = dict(zip(kwargs, values[len(args) :], strict=True))
         return original(module, *values[: len(args)], **named)
 
-    def versions() -> list[int]:
-        return [parameter._version for parameter in module.parameters()]
-
     def check(gradient: Tensor) -> None:
-        if versions() != seen:
+        if versions(module) != seen:
             raise UsageError(
-                f"the weights of {type(module).__name__} changed between rollout and backward, so that the gradient "
-                "would be wrong: call backward before the optimizer's step"
+                f"the weights of {type(module).__name__} changed, or its mode, between rollout and backward: the "
+                "gradient would be wrong: call backward before the optimizer's step"
             )
 
-    seen = versions()
+    seen = versions(module)
     # By position: checkpoint keeps the random state of those devices only that it finds among positional arguments.
     result = checkpoint(run, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
     for leaf in tree_leaves(result):

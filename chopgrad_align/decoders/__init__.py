@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -50,7 +51,15 @@ def decoder_of(vae: nn.Module, latents: Tensor, **decode_kwargs: Any) -> Decoder
     Raises:
         UsageError: The class is not known, or the latents or arguments do not fit it.
     """
-    return known_decoder(vae)(vae, latents, **decode_kwargs)
+    make = known_decoder(vae)
+    try:
+        inspect.signature(make).bind(vae, latents, **decode_kwargs)
+    except TypeError as error:
+        accepted = [*inspect.signature(make).parameters][2:]
+        raise UsageError(
+            f"decode: {type(vae).__name__}: {error}; beside latents it takes {', '.join(accepted) or 'nothing'}"
+        ) from None
+    return make(vae, latents, **decode_kwargs)
 
 
 def known_decoder(vae: nn.Module) -> Make:

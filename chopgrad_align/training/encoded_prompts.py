@@ -36,8 +36,9 @@ def encode_prompts(
 ) -> bool:
     """Encode prompts as the pipeline's call would; from then on it takes them from the cache, and has no text encoder.
 
-    How the call encodes is learnt from the call itself, which is begun with `arguments` and left as soon as it goes on to
-    images or latents, whose models may not be on the device. Each prompt is encoded by itself, so that what it becomes does not depend on the others of its batch.
+    How the call encodes is learnt from the call itself, which is begun with `arguments` and left as soon as it goes on
+    to images or latents, whose models may not be on the device. Each prompt is encoded by itself, so that what it
+    becomes does not depend on the others of its batch.
 
     Args:
         pipe: A diffusers pipeline, on the CPU; its text encoders are moved to the device for this.

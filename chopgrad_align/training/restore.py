@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..data.clips import Clip
-from ..errors import UsageError
 from ..prediction.windows import predict_long
 from .batches import clip_batch, held_out_clip, held_out_seed
 from .config import Config

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backprop import Backprop, Truncated
+from ..clamp import clamp_of, denormalized
 from ..decode import decode_loss
 from ..decoders import decoder_of
 from ..decoders.base import Tiled
@@ -71,7 +72,7 @@ class StreamedLosses:
         parts: dict[tuple[str, int], Tensor] = {}
 
         def value(pixels: Tensor, span: slice) -> Tensor:
-            video = (pixels * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)  # as pipelines do after decoding
+            video = denormalized(pixels, clamp_of(backprop, 0.0, 1.0)).transpose(1, 2)  # as `rollout` does
             share = video.shape[1] / frames
             mask = None if self._mask is None else self._mask[:, span]
             values = []

@@ -1,0 +1,30 @@
+"""Whether a module is still what it was in the forward pass, when its backward pass runs it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+Versions = list[Any]
+
+
+def versions(module: nn.Module) -> Versions:
+    """Equal for two moments between which no weight or buffer changed, and no layer its mode (`train`, `eval`).
+
+    A change past autograd's sight, by `weight.data.copy_(...)`, goes unnoticed.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    seen = [(tensor._version, tensor.untyped_storage()._cdata) for tensor in tensors]
+    return [*seen, *(part.training for part in module.modules())]
+
+
+def _count_updates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # Fused and foreign kernels write weights without autograd's counting it.
+    updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch.autograd.graph.increment_version(updated)
+
+
+register_optimizer_step_post_hook(_count_updates)
