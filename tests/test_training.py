@@ -342,8 +342,12 @@ def test_a_killed_run_continues_from_its_last_checkpoint(configure, reward, tmp_
     [
         ("train.learning_rate=0.5", "--resume: train.learning_rate differs from the run in .*: it has 0.01, not 0.5$"),
         ("run.seed=4", "--resume: run.seed differs"),
-        ("lora.rank=8", "--resume: lora differs"),
-        ("rewards.colour.weight=2", "--resume: rewards differs"),
+        ("lora.rank=8", "--resume: lora.rank differs from the run in .*: it has 4, not 8$"),
+        ("rewards.colour.weight=2", "--resume: rewards.colour.weight differs"),
+        ("rewards.bright.args.frames=2", "--resume: rewards.bright.args.frames differs .*: it has 1, not 2$"),
+        ("rewards.more={name: sharpness}", "--resume: rewards.more.name differs .*: it has nothing, not 'sharpness'$"),
+        ("~rewards.bright", "--resume: rewards.bright.name differs .*: it has 'colorfulness', not nothing$"),
+        ("gradient.decoder=truncated", "--resume: gradient.decoder differs"),
         ("validation.pairs=3", "--resume: validation.pairs differs"),
     ],
 )
@@ -352,6 +356,15 @@ def test_resume_of_another_run(finished, changed, message):
     with pytest.raises(UsageError, match=message):
         train(load_config(finished.run.config, [changed]), resume=True)
     assert tree(finished.run.path) == content
+
+
+def test_resume_with_less_memory(configure, tmp_path):
+    train(configure("train.steps=3", f"run.folder={tmp_path}/straight"))
+    train(configure("train.steps=1"))
+    less = ["gradient.cache=host", "gradient.rows=4", "model.gradient_checkpointing=true"]
+    train(configure("train.steps=3", "model.fps=4", f"data.cache={tmp_path}/kept", *less), resume=True)
+    for row, expected in zip(rows(tmp_path / "run"), rows(tmp_path / "straight"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
 
 
 def test_resume_without_a_run_or_a_checkpoint(configure, tmp_path):

@@ -43,6 +43,12 @@ from .step import Trainee
 
 _MOST_SKIPS = 3  # non-finite steps in a row
 _STATISTICS = ("initial_statistics", "running_statistics")  # of normalized rewards, in progress.json
+# What a resumed run may have another of.
+_FREE = (
+    *("run.folder", "run.threads", "data.cache", "train.steps", "train.micro_batch"),
+    *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "trackers"),
+    *("model.gradient_checkpointing", "model.fps", "gradient.cache", "gradient.checkpoint", "gradient.rows"),
+)
 
 
 def check_files(config: Config, resume: bool) -> Data:
@@ -63,20 +69,25 @@ def check_files(config: Config, resume: bool) -> Data:
 
 
 def _expect_same_run(config: Config, folder: RunFolder) -> None:
-    """A resumed run may be longer, and be watched otherwise, but must compute the same."""
+    """A resumed run may be longer, be watched otherwise, and save memory otherwise, but must compute the same.
 
-    def comparable(c: Config) -> dict[str, str]:
-        sections = {
-            name: repr(getattr(c, name))
-            for name in ("model", "data", "rewards", "losses", "prediction", "lora", "gradient")
-        }
-        train = {f"train.{k}": repr(v) for k, v in vars(c.train).items() if k not in ("steps", "micro_batch")}
-        return {**sections, **train, "run.seed": repr(c.run.seed), "validation.pairs": repr(c.validation.pairs)}
+    What saves memory in `gradient` and `model` changes gradients within rounding only: with other settings than before,
+    the run is that of before to a tolerance, and not to the bit.
+    """
+    saved, asked = _flat(load_config(folder.config)), _flat(config)
+    for key in {**asked, **saved}:
+        one, other = saved.get(key, "nothing"), asked.get(key, "nothing")
+        if one != other and not key.startswith(_FREE):
+            raise UsageError(f"--resume: {key} differs from the run in {folder.path}: it has {one}, not {other}")
 
-    saved, asked = comparable(load_config(folder.config)), comparable(config)
-    for key, value in asked.items():
-        if saved[key] != value:
-            raise UsageError(f"--resume: {key} differs from the run in {folder.path}: it has {saved[key]}, not {value}")
+
+def _flat(tree: Any, key: str = "") -> dict[str, str]:
+    """Each value of a config, as it is written in Python, by its whole key."""
+    if dataclasses.is_dataclass(tree):
+        tree = vars(tree)
+    if not isinstance(tree, dict):
+        return {key: repr(tree)}
+    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}
 
 
 def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired | None:
