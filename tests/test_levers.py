@@ -1,5 +1,6 @@
 """What each option of a policy saves, counted, and that none of them changes the gradient."""
 
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ from gradients import gradient, relative_error, weighted
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chopgrad_align import Exact, Truncated, UsageError, decode
+from chopgrad_align import Exact, Truncated, UsageError, decode, offload
 from chopgrad_align.lean import Lean, framewise
 from chopgrad_align.memory import StorageCount
 from chopgrad_align.offload import Device, Host
@@ -134,12 +135,75 @@ def test_what_was_put_away_comes_back(place):
     stored = place.put(values)
     place.fetch(stored)
     for _ in range(2):
+        place.settle()
         back = place.get(stored)
         assert torch.equal(back[0][0], values[0][0])
         assert back[0][1] == "Rep"
         assert back[1] is None
         assert torch.equal(back[2]["a"], values[2]["a"])
         assert back[2]["a"].dtype == torch.bfloat16
+
+
+class _Stream:
+    """A stream of copies on which everything is done at once."""
+
+    def __init__(self):
+        self.waited = self.recorded = 0
+
+    def wait_stream(self, other):
+        pass
+
+    def wait_event(self, event):
+        self.waited += 1
+
+    def record_event(self):
+        self.recorded += 1
+        return self
+
+    def synchronize(self):
+        pass
+
+
+@pytest.mark.parametrize("backprop", [Exact(cache="host"), Exact(cache="host", rows=5), Truncated(1, cache="host")])
+def test_the_copies_of_another_stream(backprop, monkeypatch):
+    """What runs with CUDA, without it."""
+    vae = tiny_vaes.wan_vae()
+    latents = torch.randn(1, 4, 5, 4, 4, requires_grad=True)
+    expected = gradient(weighted(decode(vae, latents, backprop)), latents)
+    stream, places = _Stream(), []
+    plain_init, plain_room = Host.__init__, offload._OnHost.__init__
+
+    def with_stream(place, device):
+        plain_init(place, device)
+        place._stream = stream
+        places.append(place)
+
+    monkeypatch.setattr(Host, "__init__", with_stream)
+    monkeypatch.setattr(offload._OnHost, "__init__", lambda room, tensor, pinned: plain_room(room, tensor, False))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    pixels = decode(vae, latents, backprop)
+    assert all(not place._leaving for place in places)
+    assert torch.equal(gradient(weighted(pixels), latents), expected)
+    assert stream.waited > 0
+    assert stream.recorded > stream.waited
+    assert all(len(place._leaving) <= 4 and not place._fetched for place in places)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_pieces_are_powers_of_two_and_make_up_the_tensor(layout):
+    tensor = torch.randn(1, 6, 5, 310, 311).to(memory_format=layout)
+    place = Host(torch.device("cpu"))
+    with StorageCount() as storage:
+        stored = place.put(tensor)
+        assert storage.host == tensor.nbytes
+        *large, last = (piece.nbytes for piece in stored.leaves[0]._pieces)
+    assert len(large) > 1
+    assert all(size & (size - 1) == 0 for size in large)
+    assert last <= 2**20
+    back = place.get(stored)
+    assert torch.equal(back, tensor)
+    assert back.stride() == tensor.stride()
 
 
 def test_the_count_tells_host_from_device():

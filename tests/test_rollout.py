@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import inspect
+from dataclasses import replace
 
 import pytest
 import tiny_pipelines
@@ -11,7 +12,7 @@ import tiny_vaes
 import torch
 from torch import Tensor
 
-from chopgrad_align.backprop import Full, Truncated
+from chopgrad_align.backprop import Exact, Full, Truncated
 from chopgrad_align.errors import UsageError
 from chopgrad_align.rollout import check_call, differentiable, rollout
 from chopgrad_align.steps import LastSteps
@@ -179,7 +180,26 @@ def test_without_grad_is_the_plain_call():
     assert torch.equal(frames, plain(pipe, **call))
 
 
-@pytest.mark.parametrize("backprop", [Full(), Truncated(1)])
+@pytest.mark.parametrize("kind", ["wan_euler", "cogvideox", "svd", "animatediff"])
+def test_saturated_pixels_pass_their_gradient_on(kind):
+    """Through the decoder's clamp, where it has one, and through the pipeline's."""
+    pipe, call = make(kind)
+    with torch.no_grad():
+        last = list(pipe.vae.decoder.parameters())[-1]  # the bias of the last convolution
+        assert last.shape == (3,)
+        last.fill_(9.0)
+    plainly = plain(pipe, **call)
+    assert (plainly == 1).all()
+    for backprop in (Exact(), Full()):
+        blocked = rollout(pipe, backprop=backprop, **call, generator=generators())
+        passed = rollout(pipe, backprop=replace(backprop, saturated="pass"), **call, generator=generators())
+        assert torch.equal(blocked, plainly)
+        assert torch.equal(passed, plainly)
+        assert not gradient(pipe, blocked).any()
+        assert gradient(pipe, passed).any()
+
+
+@pytest.mark.parametrize("backprop", [Exact(), Exact(cache="recompute"), Truncated(1)], ids=str)
 def test_backprop_policies(backprop):
     pipe, call = make("wan_euler")
     exact, other = (rollout(pipe, backprop=b, **call, generator=generators()) for b in (Full(), backprop))
@@ -465,6 +485,15 @@ def test_other_refusals():
     pipe, call = make("wan_euler")
     with torch.inference_mode(), pytest.raises(UsageError, match="inference_mode"):
         rollout(pipe, **call)
+    with pytest.raises(UsageError, match=r"steps=2: expected a policy, such as LastSteps\(1\)"):
+        rollout(pipe, 2, **call)
+    with pytest.raises(UsageError, match=r"expected a policy, such as Exact\(\)"):
+        rollout(pipe, backprop=Exact, **call)
+    del pipe.video_processor
+    for other in (pipe, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"):
+        with pytest.raises(UsageError, match="expected a diffusers pipeline that makes videos with a VAE, got"):
+            rollout(other, **call)
+    pipe, call = make("wan_euler")
     pipe.register_modules(transformer=None)
     with pytest.raises(UsageError, match="none of the components transformer"):
         rollout(pipe, **call)
