@@ -98,6 +98,21 @@ def test_reading_what_is_no_video_is_refused(tmp_path):
         read_video(tmp_path / "text.mp4")
 
 
+def test_frames_of_several_sizes_are_refused(tmp_path):
+    parts = []
+    for size in (32, 64):
+        with av.open(str(tmp_path / "part.ts"), "w") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.height, stream.width, stream.pix_fmt = size, size, "yuv420p"
+            for _ in range(3):
+                container.mux(stream.encode(av.VideoFrame(size, size, "yuv420p")))
+            container.mux(stream.encode())
+        parts.append((tmp_path / "part.ts").read_bytes())
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with pytest.raises(UsageError, match="size becomes 64x64 midway"):
+        read_video(tmp_path / "both.ts")
+
+
 def test_contact_sheet_shows_the_pixels_in_their_places():
     red, blue = (torch.tensor(c).view(1, 3, 1, 1).expand(5, 3, 16, 24) for c in ([1.0, 0, 0], [0, 0, 1.0]))
     sheet = contact_sheet({"before": [red, red], "after": [blue, blue]}, ["one", "two"], frames=3, height=48)

@@ -1,7 +1,10 @@
 """From files to clips: folders, tables, every kind of unusual or bad file, lazy reading, the cache on disk."""
 
+import contextlib
 import io
 import json
+import random
+import struct
 import sys
 from fractions import Fraction
 
@@ -23,7 +26,7 @@ from chopgrad_align.data.footage import open_footage
 from chopgrad_align.data.order import batch_at
 from chopgrad_align.data.procedural import texture_clip
 from chopgrad_align.data.source import BadFile, Row
-from chopgrad_align.data.table import read_dataset
+from chopgrad_align.data.table import is_one_split, read_dataset
 from chopgrad_align.data.videofolder import read_folder
 from chopgrad_align.errors import UsageError
 
@@ -60,9 +63,12 @@ def encode(
     options=None,
     container=None,
     setup=None,
+    title=None,
 ):
-    """Write a real file; `setup(stream)` sets what is unusual about it."""
-    with av.open(str(path), "w", options=container or {}) as output:
+    """Write a real file; `setup(stream)` sets what is unusual about it; `title` is in Latin-1."""
+    with av.open(str(path), "w", options=container or {}, metadata_encoding="latin-1") as output:
+        if title:
+            output.metadata["title"] = title
         stream = output.add_stream(
             codec, rate=RATE, options={"crf": "10", **(options or {})} if "264" in codec else options or {}
         )
@@ -314,6 +320,18 @@ def test_folders_of_frames_are_read_in_the_order_of_their_numbers(tmp_path):
     assert clip.fps == 10
 
 
+def test_names_with_digits_that_are_no_numbers_can_be_sorted(tmp_path):
+    for name, level in (("2²3.png", 255), ("1.png", 0)):
+        Image.new("L", (WIDTH, HEIGHT), level).save(tmp_path / name)
+    assert read(tmp_path, [0.0, 0.05]).mean((1, 2, 3)).tolist() == [0, 1]
+
+
+def test_a_title_that_is_not_utf8_is_no_reason_to_skip_a_file(tmp_path):
+    path = encode(tmp_path / "café.avi", numbered(12), "mpeg4", title="Café")
+    assert "Café".encode("latin-1") in path.read_bytes()
+    assert numbers(read(path, [0.0, 0.2])) == [0, 5]
+
+
 # --- bad files --------------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +398,54 @@ def unequal_frames(folder):
         Image.new("RGB", size).save(folder / "bad.mp4" / f"{number}.png")
 
 
+def unknown_codec(folder):
+    path = encode(folder / "bad.mp4", numbered(12))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"none"))
+
+
+def odd_length_tag(folder):
+    path = encode(folder / "bad.mkv", numbered(12))
+    data = path.read_bytes()
+    assert data.count(b"00:00:00.480000000") == 1
+    path.write_bytes(data.replace(b"00:00:00.480000000", b"half a second, say"))
+    path.rename(folder / "bad.mp4")
+
+
+def huge_pixels(folder):
+    def wide(stream):
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+
+    path = encode(folder / "bad.mov", numbered(12), "png", "rgb24", setup=wide)
+    data = path.read_bytes()
+    place = data.index(b"pasp") + 4
+    path.write_bytes(data[:place] + struct.pack(">II", 2**30, 1) + data[place + 8 :])
+    path.rename(folder / "bad.mp4")
+
+
+def saved_noise(path, **arguments):
+    """A picture of noise, as bytes."""
+    path.parent.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **arguments)
+    return path.read_bytes()
+
+
+def broken_chunk(folder):
+    path = folder / "bad.mp4" / "1.png"
+    data = saved_noise(path)
+    place = data.index(b"IDAT")
+    # Pixels that end too soon, and then what is no chunk.
+    path.write_bytes(data[: place - 4] + struct.pack(">I", 100) + data[place : place + 104] + bytes(100))
+
+
+def broken_tag(folder):
+    path = folder / "bad.mp4" / "1.tiff"
+    data = saved_noise(path)
+    offsets, floats = 273, 11  # the tag that says where the pixels are, and a type that no place in a file has
+    place = data.index(struct.pack("<H", offsets))
+    path.write_bytes(data[: place + 2] + struct.pack("<H", floats) + data[place + 4 :])
+
+
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
@@ -396,6 +462,11 @@ def unequal_frames(folder):
         (no_file, "missing"),
         (still_file, "still"),
         (unequal_frames, "unreadable"),
+        (unknown_codec, "codec"),
+        (odd_length_tag, "unreadable"),
+        (huge_pixels, "unreadable"),
+        (broken_chunk, "unreadable"),
+        (broken_tag, "unreadable"),
     ],
 )
 def test_a_bad_file_is_named_skipped_and_counted_or_fails(tmp_path, make, kind):
@@ -436,6 +507,48 @@ def test_a_file_that_turns_out_damaged_is_replaced_by_another(tmp_path):
         Clips(rows, bucket, on_bad_file="error").clip(1, seed=5)
     with pytest.raises(UsageError, match="in a row could not be read"):
         Clips(rows[1:], bucket).clip(0)
+
+
+def mutated(data, rng):
+    """A few bytes overwritten, made extreme, removed or cut off, most of them in the first kilobyte or the last."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 2, 8))):
+        end = min(1024, len(data))
+        place = rng.choice((rng.randrange(end), len(data) - 1 - rng.randrange(end), rng.randrange(len(data))))
+        match rng.choice(("byte", "byte", "word", "remove", "cut")):
+            case "byte":
+                data[place] = rng.randrange(256)
+            case "word":
+                data[place : place + 4] = rng.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", bytes(4)))
+            case "remove":
+                del data[place : place + rng.randrange(1, 9)]
+            case "cut" if rng.random() < 0.2:
+                del data[max(place, 1) :]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about the files
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv", "a.png", "a.tiff"])
+def test_whatever_a_file_holds_it_is_read_or_it_is_bad(tmp_path, name):
+    path = tmp_path / name
+    if path.suffix in (".png", ".tiff"):
+        whole = saved_noise(tmp_path / "whole" / name)
+    else:
+        noise = np.random.default_rng(0).integers(0, 255, (8, 24, 32, 3), dtype=np.uint8)
+        codec = "mpeg4" if name == "a.avi" else "libx264"
+        whole = encode(path, noise, codec, gop=4, options={"preset": "ultrafast"}, title="Café").read_bytes()
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(150):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            footage = open_footage(path, name)
+            outcomes.update(type(frame) for frame in footage.frames_at([0.0, 0.5 * min(footage.seconds, 1)]))
+        except BadFile as bad:
+            outcomes.add((bad.name, bool(bad.reason)))
+        with contextlib.suppress(BadFile):
+            video_file.all_frames(path, name)
+    assert outcomes == {torch.Tensor, (name, True)}
 
 
 # --- buckets and crops ------------------------------------------------------------------------------------------------
@@ -623,14 +736,32 @@ def test_a_table_gives_the_same_clips_as_files(folder, tmp_path):
     assert masked.videos["mask"].all()
     with pytest.raises(UsageError, match="no column 'pat' for target; did you mean 'path'"):
         read_dataset(str(tmp_path / "table"), {"target": "pat"})
-    with pytest.raises(UsageError, match="cannot open the data set"):
-        read_dataset(str(tmp_path / "table"), {"target": "path"}, split="test")
+    for split in ("test", "train[:1]"):
+        with pytest.raises(UsageError, match=r"split '(test|train\[:1\])', give one of"):
+            read_dataset(str(tmp_path / "table"), {"target": "path"}, split=split)
     with pytest.raises(UsageError, match="cannot open the data set"):
         read_dataset(str(tmp_path / "none"), {"target": "path"})
     numbers_table = datasets.Dataset.from_dict({"n": [1, 2]})
     numbers_table.save_to_disk(str(tmp_path / "numbers"))
     with pytest.raises(UsageError, match="expected a column of videos"):
         read_dataset(str(tmp_path / "numbers"), {"target": "n"})
+
+
+def test_a_data_set_saved_without_splits_is_all_of_any_split_and_no_part_of_one(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_dict({"path": [str(folder / f"{number}.mp4") for number in range(3)]})
+    table.select([0, 1]).save_to_disk(str(tmp_path / "a"))
+    table.select([2]).save_to_disk(str(tmp_path / "b"))
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "named"))
+    rows = [read_dataset(str(tmp_path / n), {"target": "path"}, s) for n, s in (("a", "train"), ("b", "test"))]
+    paths = [[row.sources["target"]() for row in part] for part in rows]
+    assert paths == [[folder / "0.mp4", folder / "1.mp4"], [folder / "2.mp4"]]
+    one_split = [name for name in ("a", "b", "named", "named/train", "none") if is_one_split(str(tmp_path / name))]
+    assert one_split == ["a", "b", "named/train"]
+    for split in ("train[:1]", "train+test"):
+        with pytest.raises(UsageError, match="was saved without splits"):
+            read_dataset(str(tmp_path / "a"), {"target": "path"}, split)
 
 
 def test_without_the_package_the_message_says_how_to_get_it(monkeypatch):

@@ -6,12 +6,13 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .source import STILL_SUFFIXES, BadFile, Content, Source, fetch
@@ -87,32 +88,33 @@ def _pictures(source: Source) -> list[Content]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sort key by which frame9 comes before frame10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _open(picture: Content, name: str) -> Image.Image:
+@contextmanager
+def _opened(picture: Content, name: str) -> Iterator[Image.Image]:
+    """A picture, upright; what is raised in the block is a `BadFile`."""
     try:
-        image = Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
-        return ImageOps.exif_transpose(image)  # a camera's rotation flag
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            yield ImageOps.exif_transpose(image)  # a camera's rotation flag
+    # Pillow names no errors for broken files: its readers raise OSError, SyntaxError, ValueError, TypeError, KeyError,
+    # struct.error, … as they run into them, and not the same ones in the next version.
+    except Exception as error:
         place = picture.name if isinstance(picture, Path) else "a picture"
-        raise BadFile("unreadable", name, f"{place}: {error}") from None
+        raise BadFile("unreadable", name, f"{place}: {str(error) or type(error).__name__}") from None
 
 
 def _size(picture: Content, name: str) -> tuple[int, int]:
-    width, height = _open(picture, name).size
-    return height, width
+    with _opened(picture, name) as image:
+        return image.height, image.width
 
 
 def _read(picture: Content, name: str, background: float) -> Tensor:
-    image = _open(picture, name)
-    try:
+    with _opened(picture, name) as image:
         if image.mode.startswith("I;16"):  # 16-bit grey, as depth maps are; PIL's own conversion would clip it
             grey = torch.from_numpy(np.asarray(image).astype(np.float32)) / 65535
             return grey.expand(3, -1, -1)
         pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
-    except OSError as error:  # a file that was cut off opens, and fails here
-        raise BadFile("unreadable", name, str(error)) from None
     return over(pixels, background)
 
 

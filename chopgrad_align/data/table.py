@@ -14,7 +14,15 @@ from .videofolder import check_columns
 
 def is_saved_dataset(name: str) -> bool:
     """Whether it is a folder that `save_to_disk` wrote."""
-    return any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    return is_one_split(name) or (Path(name) / "dataset_dict.json").is_file()
+
+
+def is_one_split(name: str) -> bool:
+    """Whether it is a folder that `Dataset.save_to_disk` wrote: whatever split is asked for, it is all of the folder.
+
+    (`DatasetDict.save_to_disk` writes several, by name.) Who reads two splits of one such folder reads the same twice.
+    """
+    return (Path(name) / "state.json").is_file()
 
 
 def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", subset: str | None = None) -> list[Row]:
@@ -27,12 +35,13 @@ def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", su
         name: Of the hub, or a folder: what `save_to_disk` wrote, or any that `load_dataset` reads.
         columns: Which column holds what, as for `read_folder`. A cell is a video, a picture, a list of pictures
             (frames) or a path (relative to the folder, if `name` is one).
-        split: Such as `train` or `train[:100]`.
+        split: Such as `train`, or `train[:100]` where `load_dataset` does the reading. What `save_to_disk` wrote has
+            only the splits that were saved, and a data set without splits is the whole of any (`is_one_split`).
         subset: The data set's configuration, if it has several.
 
     Raises:
-        UsageError: The package `datasets` is not installed, there is no such data set, split or column, or a column
-            holds something else.
+        UsageError: The package `datasets` is not installed, there is no such data set, split or column, the split is an
+            expression that a saved data set cannot answer, or a column holds something else.
     """
     try:
         import datasets
@@ -41,14 +50,22 @@ def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", su
             "reading Hugging Face data sets needs a package: pip install 'chopgrad-align[datasets]'"
         ) from None
 
+    if is_one_split(name) and any(sign in split for sign in "[+"):
+        raise UsageError(
+            f"the data set {name!r} was saved without splits, and has no {split!r}: give a bare name, such as 'train', "
+            "for all of its rows, or save the rows that you want in a folder of their own"
+        )
     try:
         if is_saved_dataset(name):
             table = datasets.load_from_disk(name)
-            table = table[split] if isinstance(table, datasets.DatasetDict) else table
         else:
             table = datasets.load_dataset(name, subset, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise UsageError(f"cannot open the data set {name!r} (split {split!r}): {error}") from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise UsageError(f"the saved data set {name!r} has no split {split!r}, give one of: {', '.join(table)}")
+        table = table[split]
 
     chosen = check_columns(columns, table.column_names, f"the data set {name!r}")
     caption = chosen.pop("caption", None)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from torch import Tensor
@@ -92,7 +91,6 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
         UsageError: no such file, or no video in it.
     """
     try:
-        frames, fps = all_frames(Path(path), str(path))
+        return all_frames(Path(path), str(path))
     except BadFile as bad:
         raise UsageError(f"cannot read the video {bad}; give an mp4, webm or mov file") from None
-    return torch.stack(frames), fps

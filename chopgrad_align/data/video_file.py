@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -59,49 +60,41 @@ class VideoFile:
         """Read the header, the first frame, and the packets behind the last key frame: enough to know the length.
 
         Raises:
-            BadFile: unreadable, audio only, truncated, HDR, or rotated by what is not a quarter turn.
+            BadFile: Unreadable, of an unknown codec, audio only, truncated, HDR, or rotated by no quarter turn.
         """
-        try:
-            with av.open(_file(source), "r") as container:
-                stream = _stream(container, name)
-                start, frame = next(_decode(container, stream), (0.0, None))
-                if frame is None:
-                    raise BadFile("unreadable", name, "no frame can be decoded; encode it again")
-                height, width = upright_rgb(frame, stream.sample_aspect_ratio, background, name).shape[1:]
-                claimed = _claimed_end(container, stream)
-                end = _end(container, stream)
-                if claimed is not None and (end is None or end < claimed - _UNCLEAR_SECONDS):
-                    ends = "before its last key frame" if end is None else f"after {end:.1f} s"
-                    raise BadFile("truncated", name, f"it ends {ends} of {claimed:.1f} s; copy or download it again")
-                rate = stream.average_rate or stream.guessed_rate
-                if not rate or end is None or end <= start:
-                    raise BadFile("unreadable", name, "it has no frame rate or no time stamps; encode it again")
-                return VideoFile(source, name, background, height, width, float(rate), end - start, start)
-        except (OSError, av.error.FFmpegError) as error:
-            raise BadFile("unreadable", name, f"{error.strerror or error}") from None
+        with _opened(source, name, "unreadable") as (container, stream):
+            start, frame = next(_decode(container, stream), (0.0, None))
+            if frame is None:
+                raise BadFile("unreadable", name, "no frame can be decoded; encode it again")
+            height, width = upright_rgb(frame, stream.sample_aspect_ratio, background, name).shape[1:]
+            claimed = _claimed_end(container, stream, name)
+            end = _end(container, stream)
+            if claimed is not None and (end is None or end < claimed - _UNCLEAR_SECONDS):
+                ends = "before its last key frame" if end is None else f"after {end:.1f} s"
+                raise BadFile("truncated", name, f"it ends {ends} of {claimed:.1f} s; copy or download it again")
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate or end is None or end <= start:
+                raise BadFile("unreadable", name, "it has no frame rate or no time stamps; encode it again")
+            return VideoFile(source, name, background, height, width, float(rate), end - start, start)
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Tensor]:
         """As `Footage.frames_at`; decodes from the key frame before the first time to the last time."""
         # A quarter of a frame of slack: time stamps are rounded, to whole milliseconds in Matroska.
         slack = 0.25 / self.fps
         due = [self.start + time + slack for time in times]
-        try:
-            with av.open(_file(self.source), "r") as container:
-                stream = _stream(container, self.name)
-                shown: av.VideoFrame | None = None
-                for time, frame in _decode_from(container, stream, due[0], self.start):
-                    if shown is not None:
-                        now = [t for t in due if t < time]
-                        yield from self._repeat(shown, stream, len(now))
-                        due = due[len(now) :]
-                        if not due:
-                            return
-                    shown, shown_until = frame, time + (frame.duration or math.inf) * _time_base(stream)
-                if shown is None or due[-1] > shown_until + slack:
-                    raise BadFile("corrupt", self.name, f"no frame at {times[-1]:.2f} s; encode it again")
-                yield from self._repeat(shown, stream, len(due))
-        except (OSError, av.error.FFmpegError) as error:
-            raise BadFile("corrupt", self.name, f"{error.strerror or error}, after {times[0]:.2f} s") from None
+        with _opened(self.source, self.name, "corrupt", f", after {times[0]:.2f} s") as (container, stream):
+            shown: av.VideoFrame | None = None
+            for time, frame in _decode_from(container, stream, due[0], self.start):
+                if shown is not None:
+                    now = [t for t in due if t < time]
+                    yield from self._repeat(shown, stream, len(now))
+                    due = due[len(now) :]
+                    if not due:
+                        return
+                shown, shown_until = frame, time + (frame.duration or math.inf) * _time_base(stream)
+            if shown is None or due[-1] > shown_until + slack:
+                raise BadFile("corrupt", self.name, f"no frame at {times[-1]:.2f} s; encode it again")
+            yield from self._repeat(shown, stream, len(due))
 
     def _repeat(self, frame: av.VideoFrame, stream: av.VideoStream, times: int) -> Iterator[Tensor]:
         if not times:
@@ -110,29 +103,35 @@ class VideoFile:
             raise BadFile("corrupt", self.name, "a frame is damaged; encode it again")
         pixels = upright_rgb(frame, stream.sample_aspect_ratio, self.background, self.name)
         if pixels.shape[1:] != (self.height, self.width):
-            size = "x".join(map(str, pixels.shape[1:]))
-            raise BadFile("corrupt", self.name, f"the picture's size becomes {size} midway; encode it again")
+            raise _resized(pixels, self.name)
         yield from [pixels] * times
 
 
-def all_frames(source: Source, name: str) -> tuple[list[Tensor], float]:
-    """Every frame of a file, as many as can be decoded, each `(3, H, W)` in [0, 1], and its average frames a second.
+def all_frames(source: Source, name: str) -> tuple[Tensor, float]:
+    """Every frame of a file, as many as can be decoded: `(F, 3, H, W)` in [0, 1], and its average frames a second.
 
     Raises:
-        BadFile: There are none.
+        BadFile: There are none, or they are not of one size.
     """
-    try:
-        with av.open(_file(source), "r") as container:
-            stream = _stream(container, name)
-            frames = [
-                upright_rgb(frame, stream.sample_aspect_ratio, name=name) for _, frame in _decode(container, stream)
-            ]
-            rate = stream.average_rate or stream.guessed_rate
-    except (OSError, av.error.FFmpegError) as error:
-        raise BadFile("unreadable", name, f"{error.strerror or error}") from None
-    if not frames or not rate:
-        raise BadFile("unreadable", name, "no frame can be decoded")
-    return frames, float(rate)
+    with _opened(source, name, "unreadable") as (container, stream):
+        # Until it is known how many there are they stay as they were decoded: in 4:2:0 an eighth of the memory.
+        frames = [frame for _, frame in _decode(container, stream)]
+        aspect, rate = stream.sample_aspect_ratio, stream.average_rate or stream.guessed_rate
+        if not frames or not rate:
+            raise BadFile("unreadable", name, "no frame can be decoded")
+        first = upright_rgb(frames[0], aspect, name=name)
+        video = torch.empty(len(frames), *first.shape)
+        for number, frame in enumerate(frames):
+            pixels = upright_rgb(frame, aspect, name=name)
+            if pixels.shape != first.shape:
+                raise _resized(pixels, name)
+            video[number] = pixels
+    return video, float(rate)
+
+
+def _resized(pixels: Tensor, name: str) -> BadFile:
+    size = "x".join(map(str, pixels.shape[1:]))
+    return BadFile("corrupt", name, f"the picture's size becomes {size} midway; encode it again")
 
 
 def upright_rgb(
@@ -185,6 +184,19 @@ def _upright(pixels: Tensor, frame: av.VideoFrame, name: str) -> Tensor:
     return pixels.flip(flips)
 
 
+@contextmanager
+def _opened(source: Source, name: str, kind: str, when: str = "") -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """A file and the video in it; what is raised in the block for a broken file is a `BadFile` of this kind."""
+    try:
+        # A title in another encoding than UTF-8 says nothing of the pixels.
+        with av.open(_file(source), "r", metadata_errors="replace") as container:
+            yield container, _stream(container, name)
+    except (OSError, av.error.FFmpegError) as error:
+        raise BadFile(kind, name, f"{error.strerror or error}{when}") from None
+    except (ValueError, ArithmeticError) as error:  # sizes, rates and times of a broken header: Python's own complaints
+        raise BadFile(kind, name, f"{error}{when}") from None
+
+
 def _file(source: Source) -> str | io.BytesIO:
     content = fetch(source)
     return io.BytesIO(content) if isinstance(content, bytes) else str(content)
@@ -193,9 +205,11 @@ def _file(source: Source) -> str | io.BytesIO:
 def _stream(container: InputContainer, name: str) -> av.VideoStream:
     # An audio file's cover picture is a video stream too.
     found = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if found:
-        return found[0]
-    raise BadFile("audio only" if container.streams.audio else "unreadable", name, "it holds no video")
+    if not found:
+        raise BadFile("audio only" if container.streams.audio else "unreadable", name, "it holds no video")
+    if found[0].codec_context is None:
+        raise BadFile("codec", name, "its codec is unknown to this build of FFmpeg; encode it as h264")
+    return found[0]
 
 
 def _time_base(stream: av.VideoStream) -> Fraction:
@@ -242,13 +256,17 @@ def _end(container: InputContainer, stream: av.VideoStream) -> float | None:
     return float(max(ends) * _time_base(stream)) if ends else None
 
 
-def _claimed_end(container: InputContainer, stream: av.VideoStream) -> float | None:
+def _claimed_end(container: InputContainer, stream: av.VideoStream, name: str) -> float | None:
     """Where the header says that the video ends, in seconds, if it does."""
     if stream.duration is not None:
         return float(((stream.start_time or 0) + stream.duration) * _time_base(stream))
     if "DURATION" in stream.metadata:  # Matroska: hours:minutes:seconds
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        duration = stream.metadata["DURATION"]
+        try:
+            hours, minutes, seconds = duration.split(":")
+            return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        except ValueError:
+            raise BadFile("unreadable", name, f"its header gives its length as {duration!r}; encode it again") from None
     if container.duration is not None and len(container.streams) == 1:
         return container.duration / av.time_base
     return None
