@@ -81,6 +81,43 @@ def test_paired_statistics_without_spread():
     assert (shifted.gain_in_stds, shifted.p_value) == (-math.inf, 0)
 
 
+def test_the_test_counts_conditions_and_not_their_seeds():
+    before = [1.0, 2.0, 3.0, 3.0, 2.0, 1.0, 5.0]
+    after = [1.0, 3.0, 6.0, 5.0, 5.0, 4.0, 6.0]
+    # Differences of a: 0, 2, 1; of b: 1, 3; of c: 3, 3. Their means are 1, 2, 3.
+    result = paired(before, after, ["a", "b", "c", "a", "b", "c", "a"])
+    assert (result.count, result.conditions) == (7, 3)
+    assert result.gain == pytest.approx(2)
+    assert result.mean_before == pytest.approx((3 + 2 + 2) / 3)
+    assert result.mean_after - result.mean_before == pytest.approx(result.gain)
+    assert result.stderr_before == pytest.approx(1 / 3)  # of 3, 2 and 2: standard deviation 1 / √3
+    assert result.gain_in_stds == pytest.approx(2 / math.sqrt(41 / 21))  # variance of the seven scores before
+    t = 2 * math.sqrt(3)
+    assert result.p_value == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert str(result).endswith("p = 0.07, n = 3 conditions, 7 pairs)")
+
+
+def test_a_condition_for_each_pair_and_one_for_all_are_tested_pair_by_pair():
+    before, after = [1.0, 2.0, 3.5, 4.0], [2.0, 2.5, 4.0, 7.0]
+    alone = paired(before, after)
+    assert paired(before, after, [3, 1, 2, 0]) == alone
+    one = paired(before, after, ["a circle"] * 4)
+    assert one.p_value == alone.p_value
+    assert str(one) == str(alone).replace("n = 4", "n = 4 seeds of one condition")
+
+
+@pytest.mark.parametrize(("known", "least", "most"), [(True, 0.03, 0.07), (False, 0.08, 0.13)])
+def test_false_positives_when_seeds_of_a_prompt_go_together(known, least, most):
+    """Nothing changed, but half of the variance of a difference is the prompt's: p < 0.05 in one of twenty runs."""
+    random = np.random.default_rng(0)
+    prompts = [place % 32 for place in range(64)]
+    false = 0
+    for _ in range(2000):
+        difference = random.normal(size=32)[prompts] + random.normal(size=64)
+        false += paired([0.0] * 64, difference.tolist(), prompts if known else None).p_value < 0.05
+    assert least < false / 2000 < most
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [([1.0], [2.0], "two pairs"), ([1.0, 2.0], [1.0], "2 before and 1 after"), ([1.0, math.nan], [1.0, 1.0], "finite")],
@@ -88,6 +125,8 @@ def test_paired_statistics_without_spread():
 def test_paired_statistics_refuse(before, after, message):
     with pytest.raises(UsageError, match=message):
         paired(before, after)
+    with pytest.raises(UsageError, match="the condition of each pair of scores, got 1 for 2"):
+        paired([1.0, 2.0], [1.0, 2.0], ["a"])
 
 
 def test_metrics_of_an_interrupted_and_resumed_run(tmp_path):
@@ -144,11 +183,20 @@ def test_the_report_has_everything_and_needs_nothing(tmp_path):
     assert "a red &lt;star&gt;" in html
     assert "<star>" not in html
     assert "model: &lt;tiny&gt;" in html
-    assert "2 of 3 pairs rose" in html
+    assert "n&nbsp;=&nbsp;3);\n2 of 3 pairs rose" in html
     assert "1.50 GiB" in html
     first = re.search(r'<video[^>]*src="data:video/mp4;base64,([^"]*)"', html)
     assert first
     assert base64.b64decode(first[1]) == (run / "samples/before/000.mp4").read_bytes()
+
+
+def test_the_report_tests_conditions(tmp_path):
+    scores = {"before": [0.1, 0.2, 0.3, 0.1], "after": [0.2, 0.4, 0.25, 0.3], "conditions": [0, 1, 0, 1]}
+    (tmp_path / "heldout.json").write_text(json.dumps(scores))
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "the same 4 pairs" in html
+    p = paired(scores["before"], scores["after"], scores["conditions"]).p_value
+    assert f"p&nbsp;=&nbsp;{p:.1g} (paired t-test, n&nbsp;=&nbsp;2 conditions, 4 pairs)" in html
 
 
 def test_the_report_leaves_out_what_is_missing(tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -14,48 +15,89 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class Paired:
-    """What `paired` found; a standard error is the sample standard deviation divided by √count."""
+    """What `paired` found; means and standard errors are of the conditions, each the mean of its pairs.
+
+    A standard error is the sample standard deviation divided by √count.
+    """
 
     mean_before: float
     stderr_before: float
     mean_after: float
     stderr_after: float
     gain: float  # mean of after - before
-    gain_in_stds: float  # gain, in sample standard deviations of the scores before
+    gain_in_stds: float  # gain, in sample standard deviations of the scores before, of all pairs
     p_value: float  # two-sided paired t-test
-    count: int
+    count: int  # of pairs
+    conditions: int
+
+    @property
+    def sample(self) -> str:
+        """What the test counts."""
+        if self.conditions == self.count:
+            return f"{self.count}"
+        if self.conditions == 1:
+            return f"{self.count} seeds of one condition"
+        return f"{self.conditions} conditions, {self.count} pairs"
 
     def __str__(self) -> str:
         return (
             f"{self.mean_before:.4g} ± {self.stderr_before:.2g} before, "
             f"{self.mean_after:.4g} ± {self.stderr_after:.2g} after: "
-            f"{self.gain:+.3g} ({self.gain_in_stds:+.2f} standard deviations, p = {self.p_value:.1g}, n = {self.count})"
+            f"{self.gain:+.3g} ({self.gain_in_stds:+.2f} standard deviations, "
+            f"p = {self.p_value:.1g}, n = {self.sample})"
         )
 
 
-def paired(before: Sequence[float], after: Sequence[float]) -> Paired:
-    """Compare two scores of each pair of prompt and seed.
+def paired(before: Sequence[float], after: Sequence[float], conditions: Sequence[Hashable] | None = None) -> Paired:
+    """Compare two scores of each pair of condition and seed.
+
+    Videos of one condition rise and fall together, so that two seeds of it tell less than two conditions would: the
+    test is of the conditions, each with the mean of its pairs. Pairs that are all of one condition are tested as they
+    are; the result then holds for other seeds, and says nothing of other conditions.
+
+    Args:
+        before: A score for each pair.
+        after: The same pairs' scores.
+        conditions: What each pair is a video of: equal for pairs of one prompt, one first image with its prompt, or one
+            file of clips. The prompt alone is not enough where images or clips share one. Default: each pair has a
+            condition of its own.
 
     Raises:
         UsageError: fewer than two pairs, different counts, or a score that is not finite.
     """
     if len(before) != len(after) or len(before) < 2:
         raise UsageError(f"expected at least two pairs of scores, got {len(before)} before and {len(after)} after")
+    if conditions is not None and len(conditions) != len(before):
+        raise UsageError(f"expected the condition of each pair of scores, got {len(conditions)} for {len(before)}")
     if not all(map(math.isfinite, [*before, *after])):
         raise UsageError("a held-out score is not finite; look for NaN in the reward and in the videos")
-    count = len(before)
-    difference = [b - a for a, b in zip(before, after, strict=True)]
-    gain, root = fmean(difference), math.sqrt(count)
+    places = range(len(before))
+    units: Sequence[Hashable] = places if conditions is None else conditions
+    distinct = len(set(units))
+    if distinct == 1:
+        units = places
+    each_before, each_after = _means(before, units), _means(after, units)
+    difference = [b - a for a, b in zip(each_before, each_after, strict=True)]
+    gain, root = fmean(difference), math.sqrt(len(difference))
     return Paired(
-        mean_before=fmean(before),
-        stderr_before=stdev(before) / root,
-        mean_after=fmean(after),
-        stderr_after=stdev(after) / root,
+        mean_before=fmean(each_before),
+        stderr_before=stdev(each_before) / root,
+        mean_after=fmean(each_after),
+        stderr_after=stdev(each_after) / root,
         gain=gain,
         gain_in_stds=_ratio(gain, stdev(before)),
-        p_value=_t_test_p(_ratio(gain, stdev(difference) / root), count - 1),
-        count=count,
+        p_value=_t_test_p(_ratio(gain, stdev(difference) / root), len(difference) - 1),
+        count=len(before),
+        conditions=distinct,
     )
+
+
+def _means(scores: Sequence[float], units: Sequence[Hashable]) -> list[float]:
+    """Of each unit, in the order of their first scores."""
+    of: dict[Hashable, list[float]] = {}
+    for unit, score in zip(units, scores, strict=True):
+        of.setdefault(unit, []).append(score)
+    return [fmean(values) for values in of.values()]
 
 
 def _ratio(gain: float, spread: float) -> float:
@@ -71,8 +113,13 @@ def _t_test_p(t: float, freedom: int) -> float:
     interval, which Gauss-Legendre quadrature integrates with full *relative* accuracy in the tail.
     """
     start = math.atan(abs(t) / math.sqrt(freedom))
-    nodes, weights = np.polynomial.legendre.leggauss(200)
+    nodes, weights = _quadrature()
     half = (math.pi / 2 - start) / 2
     tail = half * float(weights @ np.cos(start + half * (1 + nodes)) ** (freedom - 1))
     whole = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
     return min(1.0, tail / whole)
+
+
+@functools.cache
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(200)

@@ -39,9 +39,9 @@ class _HeldOut:
 def write_report(run: str | Path) -> Path:
     """Write `report.html` into a run folder, from what the folder holds; every part may be missing.
 
-    Read are `heldout.json` (`before`, `after`, and optionally `prompts`, `seeds`), `curves.png`, `metrics.jsonl`,
-    `samples/{before,after}/NNN.mp4` (and `control`, `degraded`, `target`) with `samples/prompts.json`, `config.yaml`
-    and `environment.json` (an object).
+    Read are `heldout.json` (`before`, `after`, and optionally `conditions` as `paired` takes them, `prompts`, `seeds`),
+    `curves.png`, `metrics.jsonl`, `samples/{before,after}/NNN.mp4` (and `control`, `degraded`, `target`) with
+    `samples/prompts.json`, `config.yaml` and `environment.json` (an object).
     Videos and pictures are embedded, so the page is a third larger than they are.
 
     Raises:
@@ -84,7 +84,7 @@ def _held_out(run: Path) -> _HeldOut | None:
     before, after = scores.get("before", []), scores.get("after", [])
     prompts = scores.get("prompts") or [""] * len(before)
     seeds = scores.get("seeds") or [""] * len(before)
-    statistics = paired(before, after)
+    statistics = paired(before, after, scores.get("conditions"))
     improved = sum(b > a for a, b in zip(before, after, strict=True))
     return _HeldOut(statistics, improved, list(zip(prompts, map(str, seeds), before, after, strict=True)))
 
