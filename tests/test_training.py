@@ -337,6 +337,38 @@ def test_a_killed_run_continues_from_its_last_checkpoint(configure, reward, tmp_
     assert not list(run.rglob("*.tmp"))
 
 
+def test_a_run_killed_while_it_measures_measures_that_step_again(configure, tmp_path, monkeypatch):
+    options = ["train.steps=3", "checkpoint.every=1", "validation.every=1"]
+    measured = []
+
+    def killed(*args):
+        measured.append(evaluate(*args))
+        if len(measured) == 2:  # after the one before training
+            raise RuntimeError("killed")
+        return measured[-1]
+
+    evaluate = loop.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(configure(*options))
+    run = tmp_path / "run"
+    assert [row["step"] for row in rows(run, "heldout/colour")] == [0]
+    train(configure(*options), resume=True)
+    train(configure(*options, f"run.folder={tmp_path}/straight"))
+    held_out = rows(run, "heldout/colour")
+    assert [row["step"] for row in held_out] == [0, 1, 2, 3]
+    assert held_out == rows(tmp_path / "straight", "heldout/colour")
+    assert rows(run) == rows(tmp_path / "straight")
+
+    # Of one that was measured, nothing is measured twice.
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *args: measured.append(evaluate(*args)) or measured[-1])
+        measured.clear()
+        train(configure("train.steps=4", *options[1:]), resume=True)
+    assert len(measured) == 1
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

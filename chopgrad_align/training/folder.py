@@ -30,6 +30,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
         self.held_out = self.path / "heldout.json"
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
@@ -65,15 +66,23 @@ class RunFolder:
     def append(self, row: dict[str, float]) -> None:
         """Add a row to `metrics.jsonl`; what is not finite, which JSON cannot say, becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        with said_in_words(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with said_in_words(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, and one that was cut off: a resumed run writes them again."""
-        file = self.path / "metrics.jsonl"
+        kept = (line for line in self._lines() if json.loads(line)["step"] <= step)
+        self.write(self.metrics, "".join(kept))
+
+    def measured(self, step: int) -> bool:
+        """Whether `metrics.jsonl` has a held-out row of a step."""
+        rows = map(json.loads, self._lines())
+        return any(row["step"] == step and "heldout/reward_mean" in row for row in rows)
+
+    def _lines(self) -> list[str]:
         with said_in_words(self.path):
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        self.write(file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
 
     def write(self, path: Path, text: str) -> None:
         """Write a whole file or nothing."""

@@ -206,6 +206,10 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
         return totals, prompts
 
+    def measure_if_due(step: int) -> None:
+        if config.validation.every and step % config.validation.every == 0 and 0 < step < config.train.steps:
+            measure(step, f"step-{step:06d}")
+
     def save(step: int) -> None:
         if accelerator.is_main_process:
             with folder.checkpoint(step, config.checkpoint.keep) as path:
@@ -229,6 +233,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
             )
         running = initial
         save(0)
+    elif not folder.measured(first):  # killed between the checkpoint and its measurement
+        measure_if_due(first)
 
     # Training.
     phases = Phases(device)
@@ -295,8 +301,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         done = step + 1
         if done == config.train.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
             save(done)
-        if config.validation.every and done % config.validation.every == 0 and done < config.train.steps:
-            measure(done, f"step-{done:06d}")
+        measure_if_due(done)
 
     # After.
     if accelerator.is_main_process:
