@@ -155,6 +155,14 @@ def test_the_section_on_gradients_becomes_a_policy():
         (["rewards.colour.cap=high"], r"rewards.colour.cap: expected a valid number, .*got 'high'$"),
         (["rewards.colour.cap=.inf"], r"rewards.colour.cap: expected a finite number, got inf$"),
         (["rewards.colour.cap=3", "rewards.colour.target=2"], r"rewards.colour: give a cap or a target, not both$"),
+        (
+            ["data.clips={}", "losses={l: {name: latent}}"],
+            r"least.yaml: losses.l.name=latent: a loss of latents needs prediction.mode=one_step or denoise$",
+        ),
+        (
+            ["data.clips={}", "losses={l: {name: diffusion}}", "prediction.mode=one_step"],
+            r"least.yaml: losses.l.name=diffusion: a loss of outputs needs prediction.mode=denoise$",
+        ),
         (["trackers=[mlflow]"], r"trackers.0: expected 'tensorboard' or 'wandb', got 'mlflow'$"),
         (["run=null"], r"run: expected a section with the keys folder, seed, threads, got None$"),
         (["train.step=3", "train.steps=0"], r"train.steps: expected .*; unknown key 'train.step'"),

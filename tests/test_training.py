@@ -529,6 +529,13 @@ def test_bad_input(configure, reward, tmp_path, monkeypatch, overrides, message)
     assert not (tmp_path / "run").exists()
 
 
+def test_prompts_that_are_not_held_out(configure, tmp_path, capsys):
+    train(configure(f"data.held_out={tmp_path / 'train.txt'}"), dry_run=True)
+    assert "train.txt is data.train too; what is measured there is not held out\n" in capsys.readouterr().out
+    train(configure(), dry_run=True)
+    assert "held out" not in capsys.readouterr().out
+
+
 def test_a_run_is_never_overwritten(finished):
     content = tree(finished.run.path)
     with pytest.raises(UsageError, match=r"holds a run already, and nothing is overwritten: choose another run.folder"):

@@ -28,6 +28,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
+# Of losses before the decoder: what they compare, and the modes that know what it should be.
+_LATENT_LOSSES = {"latent": ("latents", ("one_step", "denoise")), "diffusion": ("outputs", ("denoise",))}
+
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
 
 
@@ -253,6 +256,12 @@ class Config:
             raise ValueError(
                 "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"
             )
+        for name, loss in self.losses.items():
+            of, modes = _LATENT_LOSSES.get(loss.name, ("", (self.prediction.mode,)))
+            if self.prediction.mode not in modes:
+                raise ValueError(
+                    f"losses.{name}.name={loss.name}: a loss of {of} needs prediction.mode={' or '.join(modes)}"
+                )
         if self.prediction.context and (self.data.clips is None or self.prediction.mode == "denoise"):
             raise ValueError("prediction.context is for clips (data.clips) and the modes sample and one_step")
         return self

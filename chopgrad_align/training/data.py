@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +58,8 @@ class PromptData:
 
 def _prompt_data(config: Config) -> PromptData:
     data = PromptData(read_conditions(config.data.train), read_conditions(config.data.held_out))
+    if Path(config.data.train).samefile(config.data.held_out):
+        print(f"data.held_out: {config.data.held_out} is data.train too; what is measured there is not held out")
     both = data.training + data.held_out
     for condition in both:
         for name in condition.weights:
@@ -96,8 +98,47 @@ def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
         raise UsageError(
             f"prediction.overlap={config.prediction.overlap}: fewer frames than the shortest clips have must be known"
         )
-    training = _clips(config.data.train, clips.split, clips, buckets)
-    return ClipData(training, _clips(config.data.held_out, clips.held_out_split, clips, buckets), buckets)
+    training = _rows(config.data.train, clips.split, clips)
+    held_out = _rows(config.data.held_out, clips.held_out_split, clips)
+    trained = set(_targets(config.data.train, clips.split, training))
+    targets = _targets(config.data.held_out, clips.held_out_split, held_out)
+    if both := sum(target in trained for target in targets):
+        print(
+            f"data.held_out: {both} of {len(targets)} clips are training clips too; "
+            "what is measured there is not held out"
+        )
+    data = ClipData(
+        _clips(config.data.train, training, clips, buckets),
+        _clips(config.data.held_out, held_out, clips, buckets),
+        buckets,
+    )
+    _check_roles(config, config.data.train, data.training)
+    _check_roles(config, config.data.held_out, data.held_out)
+    return data
+
+
+def _targets(name: str, split: str, rows: Sequence[Row]) -> list[Any]:
+    """What tells the target of a row from others: its file, or its place in a data set."""
+    from ..data.table import is_one_split
+
+    part = "" if is_one_split(name) else split
+    targets = [(row.name, row.sources["target"]) for row in rows]
+    return [target.resolve() if isinstance(target, Path) else (part, place) for place, target in targets]
+
+
+def _check_roles(config: Config, name: str, clips: Clips) -> None:
+    """Raise a UsageError for a role that the config gives to the prediction and the clips do not have."""
+    wanted = {f"columns.{argument}": role for argument, role in config.prediction.columns.items()}
+    if config.prediction.mode == "one_step":
+        wanted["source"] = config.prediction.source
+    if not wanted:
+        return
+    roles = clips.clip(0).videos
+    for key, role in wanted.items():
+        if role not in roles:
+            near = difflib.get_close_matches(role, roles, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise UsageError(f"prediction.{key}: the data has no role {role!r}{hint} {name} has: {', '.join(roles)}")
 
 
 def held_out_clips(config: Config) -> Clips:
@@ -109,7 +150,8 @@ def held_out_clips(config: Config) -> Clips:
     clips = config.data.clips
     if clips is None:
         raise UsageError("expected a config whose data are clips (data.clips)")
-    return _clips(config.data.held_out, clips.held_out_split, clips, _buckets(config, clips))
+    rows = _rows(config.data.held_out, clips.held_out_split, clips)
+    return _clips(config.data.held_out, rows, clips, _buckets(config, clips))
 
 
 def clip_encoder(config: Config) -> Encoder:
@@ -130,11 +172,11 @@ def _buckets(config: Config, clips: ClipsConfig) -> list[Bucket]:
     return [Bucket(*shape) for shape in shapes]
 
 
-def _clips(name: str, split: str, config: ClipsConfig, buckets: list[Bucket]) -> Clips:
+def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bucket]) -> Clips:
     from ..data.degradations import load_degradation, load_mask
 
     clips = Clips(
-        _rows(name, split, config),
+        rows,
         buckets,
         stride=config.stride,
         fps=config.fps,

@@ -27,6 +27,8 @@ from ..evaluation.report import write_report
 from ..evaluation.sheet import draw_samples
 from ..objective import Objective, Statistics, Term
 from ..prediction.columns import arguments
+from ..prediction.latents import _NORMALIZED
+from ..prediction.one_call import path_of
 from ..reward import FrameReward, check_reward
 from ..rollout import check_call
 from ..steps import LastSteps
@@ -121,9 +123,10 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     if device.type == "cpu":
         torch.set_num_threads(config.run.threads or _share_of_the_cores())
     pipe = load_pipeline(config.model)
+    _check_prediction(pipe, config)
     call = dict(config.model.call)
     for shape in data.shapes(call):
-        check_call(pipe, shape)
+        check_call(pipe, {**shape, **config.prediction.columns})
     objective = load_objective(config.rewards, device, config.losses)
     prediction = config.prediction.policy(clip_encoder(config))
     batches = data.batches(pipe, objective, config)
@@ -333,6 +336,18 @@ def _share_of_the_cores() -> int:
 
 def _header(config: Config) -> str:
     return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
+
+
+def _check_prediction(pipe: Any, config: Config) -> None:
+    """Raise a UsageError if the prediction starts from a clip, and the pipeline is not known to."""
+    if config.prediction.mode == "sample" and not config.prediction.context:
+        return
+    path_of(pipe.scheduler)
+    if not (name := type(pipe).__name__).startswith(tuple(_NORMALIZED)):
+        raise UsageError(
+            f"prediction: {name} is not known to start from latents of a video; known are {', '.join(_NORMALIZED)}. "
+            "Use prediction.mode=sample, without prediction.context"
+        )
 
 
 def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any], device: torch.device) -> None:

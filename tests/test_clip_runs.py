@@ -1,0 +1,115 @@
+"""Runs on clips: what is said before long work, which captions are encoded, and clips read ahead."""
+
+import csv
+
+import pytest
+import tiny_pipelines
+import tiny_runs
+import torch
+
+from chopgrad_align.data.video import write_video
+from chopgrad_align.errors import UsageError
+from chopgrad_align.training import loop
+from chopgrad_align.training.data import read_data
+from chopgrad_align.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan")
+    tiny_pipelines.wan_t2v("euler").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Six files to train on, `train/0.mp4` with the caption train 0, and two that are held out."""
+    folder = tmp_path_factory.mktemp("clips")
+    for part, count in (("train", 6), ("held_out", 2)):
+        for i in range(count):
+            coarse = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(i + count))
+            write_video(folder / part / f"{i}.mp4", torch.nn.functional.interpolate(coarse, (16, 16)), 8)
+        with (folder / part / "metadata.csv").open("w", newline="") as file:
+            rows = [(f"{i}.mp4", f"{part} {i}") for i in range(count)]
+            csv.writer(file).writerows([("file_name", "caption"), *rows])
+    return folder
+
+
+@pytest.fixture
+def configure(model, clips, tmp_path):
+    """One-step restoration with a loss in place of the reward."""
+    own = [
+        *(f"data.{part}={clips / part}" for part in ("train", "held_out")),
+        *("data.clips={degradation: {name: downscale, factor: [2, 2]}}", "prediction.mode=one_step"),
+        *("~rewards.colour", "losses={l1: {name: l1}}", "model.call.guidance_scale=1"),
+    ]
+    return lambda *overrides: tiny_runs.config(tmp_path, model, *own, *overrides)
+
+
+# --- what is said before long work ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["prediction.source=degradedd"],
+            r"prediction.source: .* no role 'degradedd'; did you mean 'degraded'\? .*/train",
+        ),
+        (["~data.clips.degradation"], r"prediction.source: the data has no role 'degraded'. .*/train has: target$"),
+        (["prediction.columns={video: mask}"], r"prediction.columns.video: the data has no role 'mask'"),
+    ],
+)
+def test_a_role_that_the_data_do_not_have_is_found_before_a_model_is_loaded(configure, monkeypatch, overrides, message):
+    monkeypatch.setattr(loop, "load_pipeline", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(UsageError, match=message):
+        train(configure(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prediction.columns={vidoe: degraded}"], r"WanPipeline takes no argument 'vidoe'; the nearest is"),
+        (["model.scheduler.name=EDMEulerScheduler"], r"EDMEulerScheduler is not known to take one step"),
+    ],
+)
+def test_what_the_pipeline_cannot_do_is_found_before_rewards_are_loaded(configure, monkeypatch, overrides, message):
+    monkeypatch.setattr(loop, "load_objective", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(UsageError, match=message):
+        train(configure(*overrides))
+
+
+@pytest.mark.parametrize("mode", ["mode=one_step", "mode=denoise", "context=1"])
+def test_a_pipeline_of_an_unknown_kind(configure, monkeypatch, mode):
+    monkeypatch.setattr(loop, "load_objective", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(loop, "load_pipeline", lambda model: tiny_pipelines.animatediff())
+    with pytest.raises(UsageError, match=r"AnimateDiffPipeline is not known to start from latents .* known are Wan, "):
+        train(configure("prediction.mode=sample", "prediction.overlap=1", f"prediction.{mode}"))
+
+
+SAID = "data.held_out: {} clips are training clips too; what is measured there is not held out\n"
+
+
+def test_clips_that_are_not_held_out(configure, clips, capsys, tmp_path):
+    read_data(configure())
+    assert not capsys.readouterr().out
+    read_data(configure(f"data.held_out={clips / 'train'}"))
+    assert capsys.readouterr().out == SAID.format("6 of 6")
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for part in ("train", "held_out"):
+        (mixed / f"{part}.mp4").symlink_to(clips / part / "0.mp4")
+    read_data(configure(f"data.held_out={mixed}"))
+    assert capsys.readouterr().out == SAID.format("1 of 2")
+
+
+def test_splits_of_a_data_set_that_are_not_held_out(configure, clips, capsys, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"path": [str(clips / "train" / f"{i}.mp4") for i in range(2)]})
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "two"))
+    capsys.readouterr()
+    for name, said in (("one", SAID.format("2 of 2")), ("two", "")):
+        own = [f"data.{part}={tmp_path / name}" for part in ("train", "held_out")]
+        read_data(configure(*own, "data.clips.columns={target: path}"))
+        assert capsys.readouterr().out == said
