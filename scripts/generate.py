@@ -1,12 +1,14 @@
 """Make videos with a diffusers pipeline, with or without a LoRA that was trained here.
 
     python scripts/generate.py --prompt "a large red star spinning in a starry night" --out videos
-    python scripts/generate.py --lora runs/embedded/lora --prompts captions.txt --out videos
+    python scripts/generate.py --run runs/embedded --prompts captions.txt --out videos
     python scripts/generate.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --frames 81 --size 480x832 --fps 16 \\
-        --prompt "a fox runs through snow" --out videos
+        --lora fox.safetensors --prompt "a fox runs through snow" --out videos
 
-Each video has a seed of its own: `--seed` for the first prompt, and one more for each that follows. A model folder may
-hold `call_defaults.json`, an object of arguments of the pipeline's call; the command line goes before it.
+Each video has a seed of its own: `--seed` for the first prompt, and one more for each that follows. With `--run` the
+model, its scheduler and the pipeline's call are those that the run was trained and measured with, as its `config.yaml`
+has them. Otherwise a model folder may hold `call_defaults.json`, an object of arguments of the pipeline's call. The
+command line goes before either.
 """
 
 from __future__ import annotations
@@ -14,18 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chopgrad_align.command_line import size
 from chopgrad_align.data.prompts import Condition, read_conditions
 from chopgrad_align.errors import UsageError, exit_on_usage_error
 
+if TYPE_CHECKING:
+    from chopgrad_align.training.config import Config
+
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder of a training run: its model, settings and LoRA")
     parser.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: the embedded one)")
     parser.add_argument("--lora", type=Path, help="folder or file of LoRA weights, such as RUN/lora")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -36,9 +42,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, help="guidance scale")
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", type=size, metavar="HxW", help="height x width in pixels, such as 480x832")
-    parser.add_argument("--fps", type=float, default=8, help="of the file: 8 is CogVideoX's, 16 Wan's (default: 8)")
+    parser.add_argument("--fps", type=float, help="of the file: 8 is CogVideoX's, 16 Wan's (default: the run's, or 8)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, float32 on CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="default: the run's; without --run bfloat16, float32 on CPU",
+    )
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args(arguments)
@@ -63,35 +73,44 @@ def generate(args: argparse.Namespace) -> None:
         raise UsageError(f"{existing[0]} exists; choose another --out, or allow it with --overwrite")
 
     from chopgrad_align.training.lora import load_lora, lora_file
-    from chopgrad_align.training.models import check_pipeline, read_pipeline
+    from chopgrad_align.training.models import check_model, check_pipeline, load_pipeline, read_pipeline
 
+    config = _config(args)
     model = args.model or str(files("chopgrad_align") / "embedded" / "pipeline")
-    check_pipeline(model, "--model")
-    lora = lora_file(args.lora) if args.lora else None
+    if config:
+        check_model(config.model)
+    else:
+        check_pipeline(model, "--model")
+    adapter = args.run / "lora" if config else args.lora
+    lora = lora_file(adapter) if adapter else None
 
     import torch
     from diffusers.utils import load_image
     from tqdm import tqdm
 
     from chopgrad_align.data.video import write_video
+    from chopgrad_align.training.batches import call_inputs
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
-    pipe = read_pipeline(model, "--model", {"default": dtype}).to(device)
+    if config:
+        pipe, defaults, fps = load_pipeline(config.model), config.model.call, config.model.fps
+    else:
+        dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
+        pipe, defaults, fps = read_pipeline(model, "--model", {"default": dtype}), _call_defaults(model), 8
+    pipe.to(device)
     if lora:
         load_lora(pipe, lora)
-    call = _call_arguments(pipe, model, args)
+    call = _call_arguments(pipe, defaults, args)
     for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
         pipe.set_progress_bar_config(desc=path.stem, leave=False)
-        inputs: dict[str, Any] = {"prompt": condition.prompt} if condition.prompt else {}
+        inputs = call_inputs(pipe, [condition.prompt], [args.seed + index])
         if condition.image:
             inputs["image"] = load_image(str(condition.image))
-        generator = torch.Generator().manual_seed(args.seed + index)
         try:
-            video = pipe(**inputs, **call, generator=generator, output_type="pt").frames[0]
+            video = pipe(**{**call, **inputs}, output_type="pt").frames[0]
         except (ValueError, TypeError) as error:  # diffusers checks a call's arguments, and only those, with these
             raise UsageError(f"{type(pipe).__name__} refuses the call: {error}") from error
-        write_video(path, video, args.fps)
+        write_video(path, video, fps if args.fps is None else args.fps)
 
 
 def _slug(condition: Condition) -> str:
@@ -99,11 +118,35 @@ def _slug(condition: Condition) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-") or "video"
 
 
-def _call_arguments(pipe: Any, model: str, args: argparse.Namespace) -> dict[str, Any]:
+def _config(args: argparse.Namespace) -> Config | None:
+    """Of `--run`."""
+    if not args.run:
+        return None
+    for option in ("model", "lora"):
+        if getattr(args, option):
+            raise UsageError(f"--{option}: --run has a model and a LoRA of its own; leave one of the two options out")
+    for needed in ("config.yaml", "lora"):
+        if not (args.run / needed).exists():
+            raise UsageError(f"--run: there is no {args.run / needed}; give the folder of a run that has ended")
+
+    from chopgrad_align.training.config import load_config
+
+    types = [f"model.{name}={args.dtype}" for name in ("dtype", "vae_dtype")] if args.dtype else []
+    config = load_config(args.run / "config.yaml", types)
+    if config.prediction.mode == "one_step" or config.prediction.columns.keys() - {"image"}:
+        raise UsageError(f"--run: {args.run} makes videos from clips, not from prompts; see scripts/evaluate.py")
+    return config
+
+
+def _call_defaults(model: str) -> dict[str, Any]:
+    path = Path(model) / "call_defaults.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _call_arguments(pipe: Any, defaults: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Of each video's call: the defaults, with what the command line says in their place."""
     from chopgrad_align.rollout import check_call
 
-    defaults = Path(model) / "call_defaults.json"
-    call = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {}
     height, width = args.size or (None, None)
     options = {
         "num_inference_steps": args.steps,
@@ -112,7 +155,7 @@ def _call_arguments(pipe: Any, model: str, args: argparse.Namespace) -> dict[str
         "height": height,
         "width": width,
     }
-    call |= {name: value for name, value in options.items() if value is not None}
+    call = {**defaults, **{name: value for name, value in options.items() if value is not None}}
     check_call(pipe, call)
     return call
 

@@ -1,13 +1,17 @@
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import tiny_runs
 import torch
-from tiny_pipelines import PROMPTS, TARGETS, picture, svd, wan_t2v
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from tiny_pipelines import PROMPTS, TARGETS, picture, svd, wan_i2v, wan_t2v
 
 from chopgrad_align.data.video import read_video
+from chopgrad_align.training.config import to_yaml
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "generate.py"
 
@@ -31,7 +35,6 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    from diffusers import WanPipeline
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -40,6 +43,25 @@ def lora(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     WanPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(transformer))
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(model, lora, tmp_path_factory):
+    """As the trainer leaves it, of other settings than the model folder's."""
+    folder = tmp_path_factory.mktemp("run")
+    own = ["model.scheduler.flow_shift=5.0", "model.vae_dtype=bfloat16", "model.call.max_sequence_length=20"]
+    config = tiny_runs.config(folder, model, *own, "model.fps=12")
+    shutil.copytree(lora, folder / "run" / "lora")
+    (folder / "run" / "config.yaml").write_text(to_yaml(config))
+    return folder / "run"
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """What is written into the mp4 files, before h264 loses some of it."""
+    videos = []
+    monkeypatch.setattr("chopgrad_align.data.video.write_video", lambda *arguments: videos.append(arguments))
+    return videos
 
 
 def test_prompts_become_files_that_are_never_overwritten(generate, model, tmp_path, capsys):
@@ -74,6 +96,79 @@ def test_the_video_is_the_pipelines_own_and_the_lora_changes_it(generate, model,
     video = read_video(plain / name)[0]
     assert (video.mean((2, 3)) - expected.mean((2, 3))).abs().max() < 0.02  # h264 keeps means, not noise
     assert (plain / name).read_bytes() != (adapted / name).read_bytes()
+
+
+def the_runs_pipeline(model, lora, vae):
+    """By diffusers alone; of the files, whose weights lie in memory as the script's do, so that sums round alike."""
+    pipe = WanPipeline.from_pretrained(model, dtype={"default": torch.float32, "vae": vae})
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=5.0)
+    pipe.load_lora_weights(str(lora))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_run_is_sampled_as_it_was_trained(generate, model, run, lora, written, tmp_path):
+    generate("--run", run, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--seed", 3, "--out", tmp_path)
+    pipe = the_runs_pipeline(model, lora, vae=torch.bfloat16)
+    call = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 3.0}
+    call["max_sequence_length"] = 20
+    assert len(written) == 2
+    for index, (_, video, fps) in enumerate(written):
+        generator = torch.Generator().manual_seed(3 + index)
+        assert torch.equal(video, pipe(PROMPTS[index], **call, generator=generator, output_type="pt").frames[0])
+        assert fps == 12
+
+
+def test_options_go_before_the_run(generate, model, run, lora, written, tmp_path):
+    options = ["--steps", 2, "--guidance", 1, "--frames", 9, "--size", "32x16", "--fps", 7, "--dtype", "float32"]
+    generate("--run", run, "--prompt", PROMPTS[0], *options, "--out", tmp_path)
+    pipe = the_runs_pipeline(model, lora, vae=torch.float32)
+    call = {"height": 32, "width": 16, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 1.0}
+    call["max_sequence_length"] = 20
+    generator = torch.Generator().manual_seed(0)
+    ((_, video, fps),) = written
+    assert torch.equal(video, pipe(PROMPTS[0], **call, generator=generator, output_type="pt").frames[0])
+    assert fps == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "RUN", "--model", "x/y"], "--model: --run has a model and a LoRA of its own"),
+        (["--run", "RUN", "--lora", "lora"], "--lora: --run has a model and a LoRA of its own"),
+        (["--run", "none"], "--run: there is no none/config.yaml; give the folder of a run that has ended"),
+        (["--run", "begun"], "--run: there is no begun/lora; give the folder of a run that has ended"),
+        (["--run", "clips"], "--run: clips makes videos from clips, not from prompts; see scripts/evaluate.py"),
+        (["--run", "RUN", "--dtype", "float16"], "model.dtype: expected 'float32' or 'bfloat16', got 'float16'"),
+        (["--run", "RUN", "--frames", "6"], "would round num_frames=6"),
+    ],
+)
+def test_bad_runs_end_in_one_sentence(generate, model, run, lora, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    restoration = tiny_runs.config(tmp_path, model, "data.clips={}", "prediction.mode=one_step")
+    for folder, text in (("begun", (run / "config.yaml").read_text()), ("clips", to_yaml(restoration))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.yaml").write_text(text)
+    shutil.copytree(lora, tmp_path / "clips" / "lora")
+    arguments = [run if argument == "RUN" else argument for argument in arguments]
+    with pytest.raises(SystemExit, match="2"):
+        generate(*arguments, "--prompt", "a star", "--out", tmp_path / "out")
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_without_a_prompt_has_an_empty_one(generate, written, tmp_path):
+    wan_i2v().save_pretrained(tmp_path / "wan")
+    picture().save(tmp_path / "first.png")
+    (tmp_path / "images.csv").write_text("image\nfirst.png\n")
+    arguments = ["--model", tmp_path / "wan", "--prompts", tmp_path / "images.csv", "--frames", 5, "--size", "16x16"]
+    generate(*arguments, "--steps", 2, "--out", tmp_path / "out")
+    call = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2}
+    generator = torch.Generator().manual_seed(0)
+    pipe = WanImageToVideoPipeline.from_pretrained(tmp_path / "wan")
+    expected = pipe(image=picture(), prompt="", **call, generator=generator, output_type="pt").frames[0]
+    assert torch.equal(written[0][1], expected)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # diffusers, numpy 2
