@@ -73,7 +73,18 @@ def within(modules: set[str], *allowed: str) -> bool:
 CORE = [
     *("errors", "memory", "backprop", "steps"),
     *("reward.frames", "reward.protocol", "reward.loading", "reward.checking", "reward"),
-    *("decoders.base", "decoders", "conditions", "lean", "offload", "graph", "recurrence", "decode"),
+    *(
+        "decoders.base",
+        "decoders",
+        "clamp",
+        "versions",
+        "conditions",
+        "lean",
+        "offload",
+        "graph",
+        "recurrence",
+        "decode",
+    ),
 ]
 
 

@@ -456,6 +456,20 @@ def test_one_step_goes_on_from_the_context(wan):
     assert not torch.isclose(predicted[:, :, 2:], latents[:, :, 2:]).any(dim=1).all()
 
 
+def test_the_sampler_keeps_the_context_from_the_middle_of_the_schedule(wan):
+    from diffusers import WanVideoToVideoPipeline
+
+    parts = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    pipe = WanVideoToVideoPipeline(**{name: wan.components[name] for name in parts})
+    pipe.set_progress_bar_config(disable=True)
+    videos = {"context": clips(1, frames=5)["target"]}
+    with Sample().begin(pipe, videos, (0,), False, False) as begun:
+        given = {"video": [tiny_pipelines.picture(i) for i in range(9)], "strength": 0.5, "num_inference_steps": 4}
+        given |= {"height": 16, "width": 16, "guidance_scale": 1.0, "output_type": "latent", "prompt": "a"}
+        latents = pipe(**given, **begun.inputs).frames
+    torch.testing.assert_close(latents[:, :, :2], encode(pipe, videos["context"]))
+
+
 def test_a_context_in_a_share_of_the_steps(configure, tmp_path):
     config = configure("data.clips.buckets=[[9, 16, 16]]", "prediction.context=0.5", "prediction.overlap=6")
     pipe, objective = load_pipeline(config.model), load_objective({}, torch.device("cpu"), config.losses)
@@ -596,6 +610,17 @@ def test_methods_may_be_called_as_runs_are(configure, tmp_path, recwarn):
     assert torch.equal(videos["wan2.1 sr"], videos["again"])
     assert not torch.equal(videos["again"], videos["base"])
     assert not [warning for warning in recwarn if "peft_config" in str(warning.message)]
+
+
+def test_what_starts_from_the_target_is_no_method(configure):
+    with pytest.raises(UsageError, match="would be given what it is to find"):
+        restorers(configure("prediction.mode=denoise"), {"base": None})
+
+
+def test_a_guided_model_is_not_compared_with_its_own_training(configure):
+    config = configure("prediction.mode=denoise", "losses={d: {name: diffusion}}", "model.call.guidance_scale=3")
+    with pytest.raises(UsageError, match=r"set model.call.guidance_scale=1"):
+        train(config)
 
 
 def test_a_clip_longer_than_the_window_is_restored_by_windows(configure, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..objective import Reference
 from .columns import arguments
 from .latents import Encoder
 from .one_call import one_call, path_of
@@ -21,7 +22,8 @@ class Denoise:
     """The target is noised to a random time, as in training a diffusion model, and its clean latents are predicted.
 
     A loss on the decoded prediction stands beside the usual one, `diffusion`. One time is drawn for each call, that is
-    for each micro-batch; measurements take the middle of the range.
+    for each micro-batch; measurements take the middle of the range. What a run measures is so the model's skill at
+    seeing through noise in the target; as a method of restoration, which has no target, this is not defined.
 
     Args:
         times: In (0, 1]: lowest and highest time of the schedule, drawn uniformly between them.
@@ -47,4 +49,13 @@ class Denoise:
         ).to(clean)
         with one_call(pipe, path, time) as call:
             inputs = {"latents": path.noised(clean, noise, time), **call.inputs, **arguments(self.columns, videos)}
-            yield Begun(inputs, lambda: call.reference(videos, clean, path.output(clean, noise, time)))
+
+            def reference() -> Reference:
+                if getattr(pipe, "do_classifier_free_guidance", False):
+                    raise UsageError(
+                        "prediction.mode=denoise: a guided model returns a mixture of two outputs, which is not what "
+                        "it was trained to return; set model.call.guidance_scale=1"
+                    )
+                return call.reference(videos, clean, path.output(clean, noise, time))
+
+            yield Begun(inputs, reference)

@@ -48,7 +48,8 @@ def _replacing(pipe: Any, known: Tensor, seeds: Sequence[int]) -> Any:
     ).to(known)
 
     def replace(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        noised = path.noised(known, noise, float(pipe.scheduler.sigmas[step + 1]))
+        # Not of the loop's own count, which starts at 0 in the middle of the schedule too.
+        noised = path.noised(known, noise, float(pipe.scheduler.sigmas[pipe.scheduler.step_index]))
         return {"latents": continued(noised.to(tensors["latents"]), tensors["latents"], axis)}
 
     return replace

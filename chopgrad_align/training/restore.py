@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..data.clips import Clip
+from ..errors import UsageError
+from ..prediction import Denoise
 from ..prediction.windows import predict_long
 from .batches import clip_batch, held_out_clip, held_out_seed
 from .config import Config
@@ -51,12 +53,18 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
 
     Returns:
         For each name a function from a clip to a video `(F, 3, H, W)` in [0, 1], float32 on the CPU; of a clip that is
-        longer than `model.call.num_frames`, window by window. What it draws is a
-        function of the place of the call, so that all methods start from the same noise.
+        longer than `model.call.num_frames`, window by window. What it draws is a function of the place of the call, so
+        that all methods start from the same noise.
 
     Raises:
-        UsageError: Files that are not there or do not fit the pipeline.
+        UsageError: Files that are not there or do not fit the pipeline, or a prediction from the target.
     """
+    prediction, call = config.prediction.policy(), dict(config.model.call)
+    if isinstance(prediction, Denoise):
+        raise UsageError(
+            "prediction.mode=denoise starts from the target, and would be given what it is to find; add "
+            "prediction.mode=one_step or prediction.mode=sample"
+        )
     files = {name: None if lora is None else lora_file(lora) for name, lora in loras.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(config.model).to(device)
@@ -66,7 +74,6 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
                 load_lora(pipe, file, adapters[name])
-    prediction, call = config.prediction.policy(), dict(config.model.call)
     caption = config.data.clips.caption if config.data.clips else None
 
     def restorer(name: str) -> Callable[[Clip], Tensor]:
