@@ -7,11 +7,14 @@ import tiny_pipelines
 import tiny_runs
 import torch
 
+from chopgrad_align.data.clips import Clips
+from chopgrad_align.data.source import BadFile
 from chopgrad_align.data.video import write_video
 from chopgrad_align.errors import UsageError
 from chopgrad_align.training import loop
 from chopgrad_align.training.data import read_data
 from chopgrad_align.training.loop import train
+from chopgrad_align.training.models import load_objective, load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,63 @@ def test_splits_of_a_data_set_that_are_not_held_out(configure, clips, capsys, tm
         own = [f"data.{part}={tmp_path / name}" for part in ("train", "held_out")]
         read_data(configure(*own, "data.clips.columns={target: path}"))
         assert capsys.readouterr().out == said
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+HELD_OUT = {"held_out 0", "held_out 1"}
+
+
+def batches_of(config):
+    pipe, objective = load_pipeline(config.model), load_objective({}, torch.device("cpu"), config.losses)
+    return read_data(config).batches(pipe, objective, config)
+
+
+def captions(batches, steps):
+    return {caption for step in steps for caption in batches.micro_batch(step, range(2)).prompts}
+
+
+def test_the_captions_are_those_of_the_clips_that_are_read(configure):
+    batches = batches_of(configure())
+    assert set(batches.prompts(0)) == HELD_OUT
+    for steps, count in ((1, 2), (2, 4), (3, 6), (9, 6)):
+        assert len(batches.prompts(steps)) == len(HELD_OUT) + count
+        assert set(batches.prompts(steps)) == HELD_OUT | captions(batches, range(steps))
+    assert batches_of(configure("data.clips.caption=restore it")).prompts(9) == ["restore it"]
+
+
+@pytest.fixture
+def damage(monkeypatch):
+    """Make files with these captions unreadable after they have been looked at."""
+    damaged, read = set(), Clips._read
+
+    def read_unless_damaged(self, entry, seed):
+        if entry.row.caption in damaged:
+            raise BadFile("corrupt", entry.row.name, "a frame is damaged")
+        return read(self, entry, seed)
+
+    monkeypatch.setattr(Clips, "_read", read_unless_damaged)
+    return damaged.update
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_takes_the_place_of_a_damaged_clip_has_a_known_caption(configure, damage, batch):
+    batches = batches_of(configure(f"train.batch_size={batch}", "run.seed=1"))
+    order = [batches.micro_batch(step, range(batch)).prompts for step in range(3)]
+    damage(order[1])
+    for step in range(1, 3):
+        read = batches.micro_batch(step, range(batch)).prompts
+        assert set(read) <= set(batches.prompts(step + 1)) - set(order[1])
+    assert batches.micro_batch(2, range(batch)).prompts == order[2]
+    damage(order[0])
+    with pytest.raises(
+        UsageError, match=r"data.train: no clip up to step 1 can be read: 6 usable, .* skipped: .*corrupt"
+    ):
+        batches.micro_batch(0, range(batch))
+
+
+def test_a_run_goes_on_past_a_damaged_clip(configure, damage, tmp_path):
+    config = configure()
+    damage(batches_of(config).micro_batch(1, range(1)).prompts)
+    train(config)
+    assert len(tiny_runs.rows(tmp_path / "run")) == 2

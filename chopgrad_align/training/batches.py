@@ -13,6 +13,7 @@ import torch
 from ..data.clips import Clip, Clips
 from ..data.order import mix
 from ..data.prompts import Condition
+from ..errors import UsageError
 from ..objective import Objective
 from ..prediction.windows import whole_frames
 from .step import MicroBatch
@@ -116,12 +117,12 @@ class ClipBatches:
         context: tuple[float, int] = (0.0, 1),
     ) -> None:
         self._pipe, self._batch_size, self._seed, self._caption = pipe, batch_size, seed, caption
-        self._training, self._held_out = training, held_out
+        self._training, self._held_out, self._captions = training, held_out, training.captions
         self._share, self._known = context
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         chosen = self._training.batch(step, self._batch_size, self._seed)
-        clips = [self._training.clip(chosen[i], self._seed, step, i) for i in places]
+        clips = [self._clip(chosen[i], step, i) for i in places]
         batch = self._made(clips, [mix(self._seed, step, i, 1) for i in places])
         # One draw for all of a step's micro-batches: they are computed as one batch would be.
         if random.Random(mix(self._seed, step, 3)).random() >= self._share:
@@ -133,8 +134,30 @@ class ClipBatches:
         return self._made([held_out_clip(self._held_out, i) for i in places], [held_out_seed(i) for i in places])
 
     def prompts(self, steps: int) -> list[str]:
-        captions = (*self._held_out.captions, *self._training.captions) if self._caption is None else (self._caption,)
-        return [*dict.fromkeys(captions)]
+        if self._caption is not None:
+            return [self._caption]
+        read: set[int] = set()
+        for step in range(steps):
+            if len(read) == len(self._captions):
+                break
+            read.update(self._training.batch(step, self._batch_size, self._seed))
+        return [*dict.fromkeys((*self._held_out.captions, *(self._captions[i] for i in sorted(read))))]
+
+    def _clip(self, index: int, step: int, place: int) -> Clip:
+        """A clip of a row; if its file turns out to be damaged, of a row that was chosen before, or in the same step.
+
+        Any row's would do, but that its caption may not be among the prompts of the steps.
+        """
+        clip = self._training.clip(index, self._seed, step, place)
+        if self._caption is not None or clip.caption == self._captions[index]:
+            return clip
+        shape = clip.videos["target"].shape
+        for earlier in range(step, -1, -1):
+            for row in self._training.batch(earlier, self._batch_size, self._seed):
+                other = self._training.clip(row, self._seed, step, place)
+                if other.caption == self._captions[row] and other.videos["target"].shape == shape:
+                    return other
+        raise UsageError(f"data.train: no clip up to step {step + 1} can be read: {self._training.summary()}")
 
     def _text(self, clip: Clip) -> str:
         return clip.caption if self._caption is None else self._caption

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from ..data.cache import Cache, fingerprint
@@ -66,7 +66,8 @@ def encode_prompts(
     if not calls:
         return False
     shapes: dict[str, list[torch.Size]] = {}
-    for prompt in tqdm(dict.fromkeys(prompts), desc="encoding prompts", leave=False):
+    other = distributed.is_initialized() and distributed.get_rank() > 0  # than the main process
+    for prompt in tqdm(dict.fromkeys(prompts), desc="encoding prompts", leave=False, disable=other):
         rows = [encoded.add({**call, "prompt": prompt}) for call in calls]
         shapes[prompt] = [tensor.shape for row in rows for tensor in row.values()]
         first = next(iter(shapes))
