@@ -24,6 +24,7 @@ from chopgrad_align.training.config import load_config
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.loop import train
 from chopgrad_align.training.lora import load_lora
+from chopgrad_align.training.models import load_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +87,7 @@ def test_metrics(finished):
     assert [row["step"] for row in training] == [1, 2, 3, 4]
     assert [row["learning_rate"] for row in training] == [0.005, 0.01, 0.01, 0.01]
     for row in training:
-        for phase in ("sampling", "decoding", "reward", "backward", "step"):
+        for phase in ("data", "sampling", "decoding", "reward", "backward", "step"):
             assert 0 < row[f"seconds/{phase}"] < 60
         assert 0.1 < row["peak_memory_gib"] < 60
         assert row["reward"] == pytest.approx(row["colour/score"] - 0.5 * row["bright/score"], rel=1e-5)
@@ -130,7 +131,7 @@ def test_tensorboard(finished):
 def test_plain_diffusers_with_the_lora_makes_the_same_videos(make, frames, tmp_path):
     # What was measured before and after, bit for bit: the base model was not touched, and alpha (not the rank) is kept.
     make().save_pretrained(tmp_path / "model")
-    options = ["lora.alpha=2", "train.steps=1", "gradient.last_steps=3"]
+    options = ["lora.alpha=2", "lora.dropout=0.5", "train.steps=1", "gradient.last_steps=3"]
     config = tiny_runs.config(tmp_path, tmp_path / "model", *options, frames=frames)
     train(config)
     held = json.loads((tmp_path / "run" / "heldout.json").read_text())
@@ -159,6 +160,19 @@ def test_plain_diffusers_with_the_lora_makes_the_same_videos(make, frames, tmp_p
     pipe.set_progress_bar_config(disable=True)
     load_lora(pipe, folder)
     assert scores() == held["after"]
+
+
+def test_a_lora_on_a_bfloat16_model_is_loaded_as_it_was_trained(tmp_path):
+    tiny_pipelines.wan_t2v().save_pretrained(tmp_path / "model")
+    config = tiny_runs.config(tmp_path, tmp_path / "model", "model.dtype=bfloat16", "train.steps=1")
+    train(config)
+    held = json.loads((tmp_path / "run" / "heldout.json").read_text())
+    pipe = load_pipeline(config.model)
+    load_lora(pipe, tmp_path / "run" / "lora")
+    for prompt, seed, after in zip(held["prompts"], held["seeds"], held["after"], strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        video = pipe(prompt=prompt, generator=generator, **config.model.call, output_type="pt").frames
+        assert Colorfulness()(video, [""]).item() == after
 
 
 def test_the_reward_rises(configure):

@@ -37,10 +37,16 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
     for name, denoiser in denoisers.items():
         _check_targets(name, denoiser, config.target_modules)
         inject_adapter_in_model(config, denoiser, adapter_name="default")
-        for parameter in denoiser.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    _keep_float32(pipe)
     return denoisers
+
+
+def _keep_float32(pipe: Any) -> None:
+    for name in _TRAINED:
+        if (denoiser := pipe.components.get(name)) is not None:
+            for key, parameter in denoiser.named_parameters():
+                if ".lora_" in key:
+                    parameter.data = parameter.data.float()
 
 
 def _check_targets(name: str, denoiser: nn.Module, targets: str | set[str]) -> None:
@@ -98,8 +104,10 @@ def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, fo
     for name, denoiser in denoisers.items():
         of = "transformer" if name == _SECOND else name  # diffusers names both alike
         weights = {f"{of}_lora_layers": get_peft_model_state_dict(denoiser)}
+        # Without the dropout, which diffusers would load switched on.
+        metadata = {f"{of}_lora_adapter_metadata": config.to_dict() | {"lora_dropout": 0.0}}
         where = folder / _SECOND if name == _SECOND else folder
-        type(pipe).save_lora_weights(str(where), **weights, **{f"{of}_lora_adapter_metadata": config.to_dict()})
+        type(pipe).save_lora_weights(str(where), **weights, **metadata)
 
 
 def lora_file(path: Path) -> Path:
@@ -112,6 +120,8 @@ def lora_file(path: Path) -> Path:
 
 def load_lora(pipe: Any, path: Path, adapter: str | None = None) -> None:
     """Add a saved LoRA, a file or the folder of one, to a plain pipeline, also if diffusers has no loader for it.
+
+    As in training, its weights are float32 whatever the denoiser's type.
 
     Args:
         pipe: Of diffusers.
@@ -132,6 +142,7 @@ def load_lora(pipe: Any, path: Path, adapter: str | None = None) -> None:
                     adapter_name=adapter,
                     load_into_transformer_2=True,
                 )
+            _keep_float32(pipe)
             return
         if adapter is not None:
             raise ValueError("diffusers has no loader for LoRAs on this pipeline, so there can be one only")
