@@ -37,16 +37,10 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
     for name, denoiser in denoisers.items():
         _check_targets(name, denoiser, config.target_modules)
         inject_adapter_in_model(config, denoiser, adapter_name="default")
-    _keep_float32(pipe)
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return denoisers
-
-
-def _keep_float32(pipe: Any) -> None:
-    for name in _TRAINED:
-        if (denoiser := pipe.components.get(name)) is not None:
-            for key, parameter in denoiser.named_parameters():
-                if ".lora_" in key:
-                    parameter.data = parameter.data.float()
 
 
 def _check_targets(name: str, denoiser: nn.Module, targets: str | set[str]) -> None:
@@ -121,7 +115,7 @@ def lora_file(path: Path) -> Path:
 def load_lora(pipe: Any, path: Path, adapter: str | None = None) -> None:
     """Add a saved LoRA, a file or the folder of one, to a plain pipeline, also if diffusers has no loader for it.
 
-    As in training, its weights are float32 whatever the denoiser's type.
+    diffusers rounds its weights to the denoiser's type; in training they are float32.
 
     Args:
         pipe: Of diffusers.
@@ -142,7 +136,6 @@ def load_lora(pipe: Any, path: Path, adapter: str | None = None) -> None:
                     adapter_name=adapter,
                     load_into_transformer_2=True,
                 )
-            _keep_float32(pipe)
             return
         if adapter is not None:
             raise ValueError("diffusers has no loader for LoRAs on this pipeline, so there can be one only")
