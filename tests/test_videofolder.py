@@ -387,6 +387,10 @@ def no_file(folder):
     pass
 
 
+def sentence_for_a_name(folder):
+    (folder / "metadata.csv").write_text(f"file_name\ngood.mp4\n{'a fox runs through snow ' * 20}")
+
+
 def still_file(folder):
     Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "picture.png")
     (folder / "metadata.csv").write_text("file_name\ngood.mp4\npicture.png")
@@ -460,6 +464,7 @@ def broken_tag(folder):
         (empty_file, "unreadable"),
         (empty_folder, "unreadable"),
         (no_file, "missing"),
+        (sentence_for_a_name, "missing"),
         (still_file, "still"),
         (unequal_frames, "unreadable"),
         (unknown_codec, "codec"),

@@ -6,6 +6,7 @@ frames that are asked for when they are asked for.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -64,7 +65,8 @@ def open_footage(source: Source, name: str, folder_fps: float = 24.0, background
         BadFile: Nothing can be read from it.
     """
     content = fetch(source)
-    if isinstance(content, Path) and not content.exists():
+    # `os.path`, because `Path.exists` raises for what is too long for a name, such as a caption in the wrong column.
+    if isinstance(content, Path) and not os.path.exists(content):
         raise BadFile("missing", name, "no such file; paths in the metadata are relative to its folder")
     if isinstance(content, list) or (isinstance(content, Path) and content.is_dir()):
         return FrameFolder.open(source, name, folder_fps, background)
