@@ -1,6 +1,7 @@
 """Runs on clips: what is said before long work, which captions are encoded, and clips read ahead."""
 
 import csv
+import threading
 
 import pytest
 import tiny_pipelines
@@ -15,6 +16,7 @@ from chopgrad_align.training import loop
 from chopgrad_align.training.data import read_data
 from chopgrad_align.training.loop import train
 from chopgrad_align.training.models import load_objective, load_pipeline
+from chopgrad_align.training.prefetch import Prefetched
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,78 @@ def test_a_run_goes_on_past_a_damaged_clip(configure, damage, tmp_path):
     damage(batches_of(config).micro_batch(1, range(1)).prompts)
     train(config)
     assert len(tiny_runs.rows(tmp_path / "run")) == 2
+
+
+# --- clips read ahead -------------------------------------------------------------------------------------------------
+
+
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_results_come_in_order_and_one_is_made_ahead():
+    begun, started = [], [threading.Event() for _ in range(4)]
+
+    def square(number):
+        begun.append(number)
+        assert threading.current_thread() in readers()
+        started[number].set()
+        return number**2
+
+    with Prefetched(square, ((i,) for i in range(4))) as squares:
+        for i in range(4):
+            assert next(squares) == i**2
+            assert started[min(i + 1, 3)].wait(10)  # without being asked for
+            assert begun == [*range(min(i + 2, 4))]
+            assert len(readers()) == 1
+        assert list(squares) == []
+    assert not readers()
+
+
+def test_an_error_is_raised_where_its_result_is_asked_for():
+    def inverse(number):
+        return 1 / number
+
+    with Prefetched(inverse, [(1,), (0,), (2,)]) as inverses:
+        assert next(inverses) == 1
+        with pytest.raises(ZeroDivisionError):
+            next(inverses)
+    with pytest.raises(RuntimeError, match="mine"), Prefetched(inverse, [(0,), (1,)]):
+        raise RuntimeError("mine")
+    assert not readers()
+
+
+class Unhurried:
+    """What is asked for is made then."""
+
+    def __init__(self, function, arguments):
+        self.results = (function(*one) for one in arguments)
+
+    def __enter__(self):
+        return self.results
+
+    def __exit__(self, *error):
+        pass
+
+
+def test_a_run_is_the_same_when_clips_are_read_ahead(configure, tmp_path, monkeypatch):
+    options = ["train.steps=3", "data.clips.mask={name: box}", "lora.dropout=0.1", "validation.every=1"]
+    train(configure(*options, f"run.folder={tmp_path}/ahead"))
+    assert not readers()
+    monkeypatch.setattr(loop, "Prefetched", Unhurried)
+    train(configure(*options, f"run.folder={tmp_path}/then"))
+    ahead, then = (
+        [tiny_runs.rows(tmp_path / name, key) for key in ("reward", "heldout/l1")] for name in ("ahead", "then")
+    )
+    assert ahead == then
+    saved = [tiny_runs.saved_lora(tmp_path / name) for name in ("ahead", "then")]
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0] | saved[1])
+
+
+def test_a_clip_that_cannot_be_read_stops_the_run(configure, damage, tmp_path):
+    config = configure("data.clips.on_bad_file=error", "train.steps=3", "validation.every=1")
+    damage(batches_of(config).micro_batch(1, range(1)).prompts)
+    with pytest.raises(UsageError, match=r"bad file .*corrupt: a frame is damaged"):
+        train(config)
+    assert not readers()
+    assert [row["step"] for row in tiny_runs.rows(tmp_path / "run")] == [1]

@@ -84,6 +84,7 @@ def test_two_processes_compute_what_one_does(config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     assert done.stdout.count("held-out reward") == 1
+    assert done.stderr.count("encoding prompts:   0%") == 1
     loop.train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
 
     # Every process holds the weights that were saved.

@@ -18,7 +18,7 @@ from ..files import whole_file
 
 # The first colours are Okabe and Ito's, which the colour-blind tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_PHASES = ("sampling", "decoding", "reward", "backward", "step")
+_PHASES = ("data", "sampling", "decoding", "reward", "backward", "step")
 _HELD_OUT = "#111111"
 _LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
 

@@ -30,11 +30,11 @@ class Batches(Protocol):
     """What the trainer reads. Everything is a function of the seed, the step and the place in the batch."""
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
-        """Some places of the batch of a step."""
+        """Some places of the batch of a step; on the CPU, so that any thread can read it."""
         ...
 
     def held_out(self, places: range) -> MicroBatch:
-        """Some of the held-out pairs of condition and seed."""
+        """Some of the held-out pairs of condition and seed, on the pipeline's device."""
         ...
 
     def prompts(self, steps: int) -> list[str]:
@@ -97,7 +97,7 @@ class ClipBatches:
     """Clips with their captions, targets and conditions; all clips of a batch are of one shape.
 
     Args:
-        pipe: Whose call they are for; its device is theirs.
+        pipe: Whose call they are for.
         training: What to train on.
         held_out: What to measure with; in turn, each time another clip of the file.
         batch_size: Over all processes.
@@ -131,7 +131,8 @@ class ClipBatches:
         return dataclasses.replace(batch, videos={**batch.videos, "context": known})
 
     def held_out(self, places: range) -> MicroBatch:
-        return self._made([held_out_clip(self._held_out, i) for i in places], [held_out_seed(i) for i in places])
+        clips = [held_out_clip(self._held_out, i) for i in places]
+        return on_device(self._made(clips, [held_out_seed(i) for i in places]), self._pipe.device)
 
     def prompts(self, steps: int) -> list[str]:
         if self._caption is not None:
@@ -163,7 +164,7 @@ class ClipBatches:
         return clip.caption if self._caption is None else self._caption
 
     def _made(self, clips: Sequence[Clip], seeds: list[int]) -> MicroBatch:
-        return clip_batch(self._pipe, clips, [self._text(clip) for clip in clips], seeds)
+        return _stacked(self._pipe, clips, [self._text(clip) for clip in clips], seeds)
 
 
 def held_out_clip(clips: Clips, place: int) -> Clip:
@@ -172,13 +173,22 @@ def held_out_clip(clips: Clips, place: int) -> Clip:
 
 
 def clip_batch(pipe: Any, clips: Sequence[Clip], captions: list[str], seeds: list[int]) -> MicroBatch:
-    """Clips of one shape, for one call of the pipeline of that shape."""
-    videos = {role: torch.stack([clip.videos[role] for clip in clips]).to(pipe.device) for role in clips[0].videos}
+    """Clips of one shape, for one call of the pipeline of that shape; on its device."""
+    return on_device(_stacked(pipe, clips, captions, seeds), pipe.device)
+
+
+def _stacked(pipe: Any, clips: Sequence[Clip], captions: list[str], seeds: list[int]) -> MicroBatch:
+    videos = {role: torch.stack([clip.videos[role] for clip in clips]) for role in clips[0].videos}
     frames, _, height, width = clips[0].videos["target"].shape
     shape = {"num_frames": frames, "height": height, "width": width}
     return MicroBatch(
         call_inputs(pipe, captions, seeds) | shape, captions, frame_seeds=seeds, seeds=seeds, videos=videos
     )
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The same, with its clips on a device."""
+    return dataclasses.replace(batch, videos={role: video.to(device) for role, video in batch.videos.items()})
 
 
 def call_inputs(pipe: Any, prompts: list[str], seeds: Sequence[int]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ..prediction.one_call import path_of
 from ..reward import FrameReward, check_reward
 from ..rollout import check_call
 from ..steps import LastSteps
-from .batches import held_out_seed
+from .batches import held_out_seed, on_device
 from .config import Config, load_config, to_yaml
 from .data import Data, clip_encoder, read_data
 from .encoded_prompts import encode_prompts
@@ -41,6 +41,7 @@ from .folder import RunFolder, said_in_words
 from .lora import add_lora, load_lora_state, lora_config, lora_parameters, lora_state, save_lora
 from .models import check_model, load_objective, load_pipeline
 from .phases import Phases
+from .prefetch import Prefetched
 from .step import Trainee
 
 _MOST_SKIPS = 3  # non-finite steps in a row
@@ -255,56 +256,61 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     bar = tqdm(
         range(first, config.train.steps), initial=first, total=config.train.steps, disable=rank != 0, desc="align"
     )
-    for step in bar:
-        for denoiser in denoisers.values():
-            denoiser.train(config.lora.dropout > 0)
-        torch.manual_seed(mix(config.run.seed, step, rank))  # dropout, and whatever a decoder draws
-        for group in optimizer.param_groups:
-            group["lr"] = config.train.learning_rate * min(1.0, (step + 1) / max(1, config.train.warmup_steps))
+    starts = range(rank * local, (rank + 1) * local, config.train.micro_batch)
+    parts = [range(start, start + config.train.micro_batch) for start in starts]
+    asked = ((step, places) for step in range(first, config.train.steps) for places in parts)
+    with Prefetched(batches.micro_batch, asked) as micro_batches:
+        for step in bar:
+            for denoiser in denoisers.values():
+                denoiser.train(config.lora.dropout > 0)
+            torch.manual_seed(mix(config.run.seed, step, rank))  # dropout, and whatever a decoder draws
+            for group in optimizer.param_groups:
+                group["lr"] = config.train.learning_rate * min(1.0, (step + 1) / max(1, config.train.warmup_steps))
 
-        # This process's part of the batch, a micro-batch at a time.
-        results = []
-        for start in range(rank * local, (rank + 1) * local, config.train.micro_batch):
-            micro_batch = batches.micro_batch(step, range(start, start + config.train.micro_batch))
-            results.append(trainee.accumulate(micro_batch, running))
+            # This process's part of the batch, a micro-batch at a time.
+            results = []
+            for _ in parts:
+                with phases("data"):
+                    micro_batch = on_device(next(micro_batches), device)
+                results.append(trainee.accumulate(micro_batch, running))
 
-        # The pipeline calls the bare denoiser, past the wrapper by which DistributedDataParallel would see the
-        # backward pass: gradients are summed over processes here.
-        with phases("step"):
-            table = accelerator.gather(torch.cat(results)).cpu()  # a row for each video of the batch
-            _sum_gradients(parameters, accelerator)
-            norm = nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-            finite = math.isfinite(norm) and bool(torch.isfinite(table).all())
-            if finite:
-                optimizer.step()
-                by_reward = dict(zip(objective.terms, table[:, 1:].T.tolist(), strict=False))
-                running = {name: statistics.updated(by_reward[name]) for name, statistics in running.items()}
-            optimizer.zero_grad(set_to_none=True)
+            # The pipeline calls the bare denoiser, past the wrapper by which DistributedDataParallel would see the
+            # backward pass: gradients are summed over processes here.
+            with phases("step"):
+                table = accelerator.gather(torch.cat(results)).cpu()  # a row for each video of the batch
+                _sum_gradients(parameters, accelerator)
+                norm = nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+                finite = math.isfinite(norm) and bool(torch.isfinite(table).all())
+                if finite:
+                    optimizer.step()
+                    by_reward = dict(zip(objective.terms, table[:, 1:].T.tolist(), strict=False))
+                    running = {name: statistics.updated(by_reward[name]) for name, statistics in running.items()}
+                optimizer.zero_grad(set_to_none=True)
 
-        skips_in_a_row = 0 if finite else skips_in_a_row + 1
-        skipped += not finite
-        reward, *means = table.mean(0).tolist()
-        row = {"step": step + 1, "reward": reward, "loss": -reward, "grad_norm": float(norm)}
-        keys = [f"{name}/{kind}" for kind in ("score", "value") for name in objective.terms]
-        row |= dict(zip(keys, means, strict=True))
-        row |= {f"{name}/std": statistics.std for name, statistics in running.items()}
-        row |= {"learning_rate": optimizer.param_groups[0]["lr"], "skipped": skipped, **phases.collect()}
-        if accelerator.is_main_process:
-            folder.append(row)
-        accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step + 1)
-        bar.set_postfix(reward=f"{row['reward']:.4f}", skipped=skipped)
-        if skips_in_a_row == _MOST_SKIPS:
-            raise UsageError(
-                f"{_MOST_SKIPS} steps in a row, up to step {step + 1}, had a loss or gradient that is not finite "
-                f"(reward {row['reward']:.4g}, gradient norm {row['grad_norm']:.4g}): lower train.learning_rate or "
-                "gradient.last_steps, or use float32; the last checkpoint is whole"
-            )
+            skips_in_a_row = 0 if finite else skips_in_a_row + 1
+            skipped += not finite
+            reward, *means = table.mean(0).tolist()
+            row = {"step": step + 1, "reward": reward, "loss": -reward, "grad_norm": float(norm)}
+            keys = [f"{name}/{kind}" for kind in ("score", "value") for name in objective.terms]
+            row |= dict(zip(keys, means, strict=True))
+            row |= {f"{name}/std": statistics.std for name, statistics in running.items()}
+            row |= {"learning_rate": optimizer.param_groups[0]["lr"], "skipped": skipped, **phases.collect()}
+            if accelerator.is_main_process:
+                folder.append(row)
+            accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step + 1)
+            bar.set_postfix(reward=f"{row['reward']:.4f}", skipped=skipped)
+            if skips_in_a_row == _MOST_SKIPS:
+                raise UsageError(
+                    f"{_MOST_SKIPS} steps in a row, up to step {step + 1}, had a loss or gradient that is not finite "
+                    f"(reward {row['reward']:.4g}, gradient norm {row['grad_norm']:.4g}): lower train.learning_rate or "
+                    "gradient.last_steps, or use float32; the last checkpoint is whole"
+                )
 
-        # At intervals.
-        done = step + 1
-        if done == config.train.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-            save(done)
-        measure_if_due(done)
+            # At intervals.
+            done = step + 1
+            if done == config.train.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                save(done)
+            measure_if_due(done)
 
     # After.
     if accelerator.is_main_process:
