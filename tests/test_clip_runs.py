@@ -84,7 +84,7 @@ def test_what_the_pipeline_cannot_do_is_found_before_rewards_are_loaded(configur
         train(configure(*overrides))
 
 
-@pytest.mark.parametrize("mode", ["mode=one_step", "mode=denoise", "context=1"])
+@pytest.mark.parametrize("mode", ["mode=one_step", "mode=denoise"])
 def test_a_pipeline_of_an_unknown_kind(configure, monkeypatch, mode):
     monkeypatch.setattr(loop, "load_objective", lambda *args: pytest.fail("loaded"))
     monkeypatch.setattr(loop, "load_pipeline", lambda model: tiny_pipelines.animatediff())

@@ -25,9 +25,7 @@ from chopgrad_align.prediction.one_call import Straight, VariancePreserving, one
 from chopgrad_align.prediction.windows import predict_long, windows
 from chopgrad_align.training import step, streaming
 from chopgrad_align.training.config import load_config
-from chopgrad_align.training.data import read_data
 from chopgrad_align.training.loop import train
-from chopgrad_align.training.models import load_objective, load_pipeline
 from chopgrad_align.training.phases import Phases
 from chopgrad_align.training.restore import HeldOutClips, restorers
 from chopgrad_align.training.step import MicroBatch, Trainee
@@ -470,19 +468,6 @@ def test_the_sampler_keeps_the_context_from_the_middle_of_the_schedule(wan):
     torch.testing.assert_close(latents[:, :, :2], encode(pipe, videos["context"]))
 
 
-def test_a_context_in_a_share_of_the_steps(configure, tmp_path):
-    config = configure("data.clips.buckets=[[9, 16, 16]]", "prediction.context=0.5", "prediction.overlap=6")
-    pipe, objective = load_pipeline(config.model), load_objective({}, torch.device("cpu"), config.losses)
-    batches = read_data(config).batches(pipe, objective, config)
-    micro = [[batches.micro_batch(step, range(i, i + 1)) for i in range(2)] for step in range(40)]
-    given = [["context" in batch.videos for batch in step] for step in micro]
-    assert all(a == b for a, b in given)  # a step is one batch, however it is divided
-    assert 10 < sum(a for a, _ in given) < 30
-    videos = next(step for step in micro if "context" in step[0].videos)[0].videos
-    torch.testing.assert_close(videos["context"], videos["target"][:, :5])
-    assert all("context" not in batches.held_out(range(i, i + 1)).videos for i in range(2))
-
-
 def test_the_sampler_keeps_the_context(wan):
     videos = {"context": clips(frames=5)["target"]}
     with Sample().begin(wan, videos, (0, 1), False, False) as begun:
@@ -566,10 +551,8 @@ def test_latents_of_clips_that_come_again_are_kept(configure, tmp_path, monkeypa
         ("prediction.mode=sample", "rewards.colour={name: colorfulness, weight: 0.1}"),
         ("prediction.mode=one_step", "losses={latent: {name: latent}}"),
         ("data.clips.buckets=[[5, 16, 16], [5, 16, 32]]", "gradient.decoder=truncated"),
-        ("prediction.context=1", "prediction.overlap=1"),
-        ("prediction.context=1", "prediction.overlap=1", "prediction.mode=sample"),
     ],
-    ids=["one_step", "mask", "denoise", "sample", "latent", "buckets", "context", "sample with context"],
+    ids=["one_step", "mask", "denoise", "sample", "latent", "buckets"],
 )
 def test_a_run_of_every_mode(configure, tmp_path, overrides):
     config = configure(*overrides)
@@ -652,8 +635,6 @@ def test_a_run_goes_on_as_it_would_have(configure, tmp_path):
         (("data.clips.buckets=[[5, 16, 16], [5, 32, 16]]", "validation.batch=2"), r"set validation.batch=1"),
         (("data.clips.buckets=[[9000, 16, 16]]",), r"no clip can be cut"),
         (("losses.charbonnier.args={inside: 4.0}",), r"weigh a mask, but there is none"),
-        (("prediction.context=0.5", "prediction.mode=denoise"), r"context is for clips .* the modes sample and one_"),
-        (("prediction.context=0.5",), r"prediction.overlap=5: fewer frames than the shortest clips have"),
     ],
 )
 def test_what_is_wrong_is_said_before_training(configure, tmp_path, overrides, message):

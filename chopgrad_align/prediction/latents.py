@@ -46,15 +46,21 @@ def encode(pipe: Any, video: Tensor, cache: Cache | None = None) -> Tensor:
     Raises:
         UsageError: Another pipeline.
     """
-    family = next((name for name in _NORMALIZED if type(pipe).__name__.startswith(name)), None)
-    if family is None:
-        raise UsageError(
-            f"prediction: {type(pipe).__name__} is not known to start from latents of a video; known are "
-            f"{', '.join(_NORMALIZED)}. Use prediction.mode=sample"
-        )
+    family = known_family(pipe)
     # One by one: the encoder's activations of several clips need not exist at a time.
     latents = torch.stack([latents_of_clip(cache, pipe.vae, clip) for clip in video])
     return _NORMALIZED[family](pipe, latents.float())
+
+
+def known_family(pipe: Any) -> str:
+    """Which of the known families a pipeline is of; a UsageError if it is of none."""
+    for name in _NORMALIZED:
+        if type(pipe).__name__.startswith(name):
+            return name
+    raise UsageError(
+        f"prediction: {type(pipe).__name__} is not known to start from latents of a video; known are "
+        f"{', '.join(_NORMALIZED)}. Use prediction.mode=sample"
+    )
 
 
 def frame_axis(pipe: Any) -> int:

@@ -54,15 +54,11 @@ def predict_long(
             made = predict(part)
             continue
         shared = made[:, span.start :]
-        predicted = predict(part | {"context": shared[:, : whole_frames(shared.shape[1], stride)]})
+        whole = (shared.shape[1] - 1) // stride * stride + 1
+        predicted = predict(part | {"context": shared[:, :whole]})
         count = shared.shape[1]
         fade = torch.linspace(0, 1, count + 2, device=made.device)[1:-1].view(1, -1, 1, 1, 1)
         blended = torch.lerp(shared, predicted[:, :count], fade)
         made = torch.cat([made[:, : span.start], blended, predicted[:, count:]], 1)
     assert made is not None
     return made
-
-
-def whole_frames(frames: int, stride: int) -> int:
-    """The most of so many frames that are the first latent frame's one and `stride` for each further one."""
-    return (frames - 1) // stride * stride + 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import random
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,7 +14,6 @@ from ..data.order import mix
 from ..data.prompts import Condition
 from ..errors import UsageError
 from ..objective import Objective
-from ..prediction.windows import whole_frames
 from .step import MicroBatch
 
 _HELD_OUT = 1_000_000_000  # far from the seeds of training
@@ -103,32 +101,18 @@ class ClipBatches:
         batch_size: Over all processes.
         seed: Of the run.
         caption: Instead of each clip's own.
-        context: Share of the training steps whose clips begin with known frames, and how many.
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        training: Clips,
-        held_out: Clips,
-        batch_size: int,
-        seed: int,
-        caption: str | None = None,
-        context: tuple[float, int] = (0.0, 1),
+        self, pipe: Any, training: Clips, held_out: Clips, batch_size: int, seed: int, caption: str | None = None
     ) -> None:
         self._pipe, self._batch_size, self._seed, self._caption = pipe, batch_size, seed, caption
         self._training, self._held_out, self._captions = training, held_out, training.captions
-        self._share, self._known = context
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         chosen = self._training.batch(step, self._batch_size, self._seed)
         clips = [self._clip(chosen[i], step, i) for i in places]
-        batch = self._made(clips, [mix(self._seed, step, i, 1) for i in places])
-        # One draw for all of a step's micro-batches: they are computed as one batch would be.
-        if random.Random(mix(self._seed, step, 3)).random() >= self._share:
-            return batch
-        known = batch.videos["target"][:, : whole_frames(self._known, self._pipe.vae_scale_factor_temporal)]
-        return dataclasses.replace(batch, videos={**batch.videos, "context": known})
+        return self._made(clips, [mix(self._seed, step, i, 1) for i in places])
 
     def held_out(self, places: range) -> MicroBatch:
         clips = [held_out_clip(self._held_out, i) for i in places]

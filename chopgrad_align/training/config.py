@@ -162,9 +162,6 @@ class Prediction:
     """Of denoise: lowest and highest time."""
     overlap: Positive = 5
     """Frames that windows share, when a clip is longer than `model.call.num_frames` in the evaluation."""
-    context: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the training steps in which the first `overlap` frames are given, as those that a window of a long video
-    goes on from; here they are the target's."""
 
     def policy(self, encoder: Encoder = Encoder()) -> prediction.Prediction:  # noqa: B008 (frozen)
         match self.mode:
@@ -262,8 +259,6 @@ class Config:
                 raise ValueError(
                     f"losses.{name}.name={loss.name}: a loss of {of} needs prediction.mode={' or '.join(modes)}"
                 )
-        if self.prediction.context and (self.data.clips is None or self.prediction.mode == "denoise"):
-            raise ValueError("prediction.context is for clips (data.clips) and the modes sample and one_step")
         return self
 
 

@@ -32,6 +32,10 @@ class Data(Protocol):
         """What the trainer reads."""
         ...
 
+    def conditions(self, pairs: int) -> list[int]:
+        """What each held-out pair is of: equal for pairs of one prompt and image, or of one file of clips."""
+        ...
+
 
 def read_data(config: Config) -> Data:
     """List what `config.data` names, and look at all files of clips.
@@ -54,6 +58,10 @@ class PromptData:
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> PromptBatches:
         return PromptBatches(pipe, objective, self.training, self.held_out, config.train.batch_size, config.run.seed)
+
+    def conditions(self, pairs: int) -> list[int]:
+        each = [(condition.prompt, condition.image) for condition in self.held_out]
+        return [each.index(each[i % len(each)]) for i in range(pairs)]
 
 
 def _prompt_data(config: Config) -> PromptData:
@@ -84,20 +92,16 @@ class ClipData:
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> ClipBatches:
         caption = config.data.clips.caption if config.data.clips else None
-        context = (config.prediction.context, config.prediction.overlap)
-        return ClipBatches(
-            pipe, self.training, self.held_out, config.train.batch_size, config.run.seed, caption, context
-        )
+        return ClipBatches(pipe, self.training, self.held_out, config.train.batch_size, config.run.seed, caption)
+
+    def conditions(self, pairs: int) -> list[int]:
+        return [i % len(self.held_out) for i in range(pairs)]
 
 
 def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
     buckets = _buckets(config, clips)
     if len(buckets) > 1 and config.validation.batch > 1:
         raise UsageError("clips of several buckets do not stack: set validation.batch=1")
-    if config.prediction.context and config.prediction.overlap >= min(bucket.frames for bucket in buckets):
-        raise UsageError(
-            f"prediction.overlap={config.prediction.overlap}: fewer frames than the shortest clips have must be known"
-        )
     training = _rows(config.data.train, clips.split, clips)
     held_out = _rows(config.data.held_out, clips.held_out_split, clips)
     trained = set(_targets(config.data.train, clips.split, training))

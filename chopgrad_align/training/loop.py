@@ -27,7 +27,7 @@ from ..evaluation.report import write_report
 from ..evaluation.sheet import draw_samples
 from ..objective import Objective, Statistics, Term
 from ..prediction.columns import arguments
-from ..prediction.latents import _NORMALIZED
+from ..prediction.latents import known_family
 from ..prediction.one_call import path_of
 from ..reward import FrameReward, check_reward
 from ..rollout import check_call
@@ -317,12 +317,14 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
         with said_in_words(folder.path):
             save_lora(pipe, denoisers, adapter, folder.lora)
     after, prompts = measure(config.train.steps, "after")
-    result = paired(before, after)
+    conditions = data.conditions(len(before))
+    result = paired(before, after, conditions)
     if accelerator.is_main_process:
         held = {
             "before": before,
             "after": after,
             "prompts": prompts,
+            "conditions": conditions,
             "seeds": [held_out_seed(i) for i in range(len(prompts))],
         }
         with said_in_words(folder.path):
@@ -346,14 +348,9 @@ def _header(config: Config) -> str:
 
 def _check_prediction(pipe: Any, config: Config) -> None:
     """Raise a UsageError if the prediction starts from a clip, and the pipeline is not known to."""
-    if config.prediction.mode == "sample" and not config.prediction.context:
-        return
-    path_of(pipe.scheduler)
-    if not (name := type(pipe).__name__).startswith(tuple(_NORMALIZED)):
-        raise UsageError(
-            f"prediction: {name} is not known to start from latents of a video; known are {', '.join(_NORMALIZED)}. "
-            "Use prediction.mode=sample, without prediction.context"
-        )
+    if config.prediction.mode != "sample":
+        path_of(pipe.scheduler)
+        known_family(pipe)
 
 
 def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any], device: torch.device) -> None:
