@@ -161,15 +161,16 @@ def test_plain_diffusers_with_the_lora_makes_the_same_videos(make, frames, tmp_p
     assert scores() == held["after"]
 
 
-def test_the_reward_rises(configure):
-    result = train(
-        configure(
-            *("train.steps=20", "train.batch_size=4", "train.micro_batch=4", "train.learning_rate=2.0e-2"),
-            "lora.targets=.*(to_[qkv]|to_out.0|net.0.proj|net.2|proj_out)",
-            "gradient.last_steps=3",
-            *("validation.pairs=16", "validation.batch=16"),
-        )
+def test_the_reward_rises(configure, tmp_path):
+    config = configure(
+        *("train.steps=20", "train.batch_size=4", "train.micro_batch=4", "train.learning_rate=2.0e-2"),
+        "lora.targets=.*(to_[qkv]|to_out.0|net.0.proj|net.2|proj_out)",
+        "gradient.last_steps=3",
+        *("validation.pairs=16", "validation.batch=16"),
     )
+    colours, things = ("red", "blue", "green", "large"), ("circle", "star", "square", "moving")
+    (tmp_path / "held_out.txt").write_text("".join(f"a {c} {t}\n" for c in colours for t in things))
+    result = train(config)
     assert result.gain_in_stds > 2
     assert result.p_value < 1e-6
     assert result.count == 16
