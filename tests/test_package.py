@@ -73,18 +73,8 @@ def within(modules: set[str], *allowed: str) -> bool:
 CORE = [
     *("errors", "memory", "backprop", "steps"),
     *("reward.frames", "reward.protocol", "reward.loading", "reward.checking", "reward"),
-    *(
-        "decoders.base",
-        "decoders",
-        "clamp",
-        "versions",
-        "conditions",
-        "lean",
-        "offload",
-        "graph",
-        "recurrence",
-        "decode",
-    ),
+    *("decoders.base", "decoders", "clamp", "versions", "conditions", "lean", "offload"),
+    *("graph", "recurrence", "decode"),
 ]
 
 
