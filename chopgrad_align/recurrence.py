@@ -102,7 +102,8 @@ class Recurrence:
             del state  # the last output is large
         self.place.settle()
         if self.readout is None:
-            return results[0] if len(results) == 1 else torch.cat(results, self.decoder.time_axis)
+            # Also of one result, which can be a view: autograd forbids to write into those that a function returns.
+            return torch.cat(results, self.decoder.time_axis)
         return torch.stack(results).sum()
 
     def step(self, index: int, latents: Tensor, caches: Caches) -> tuple[Hidden, Caches]:
