@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,18 +29,23 @@ def arguments(columns: Mapping[str, str], videos: Videos) -> dict[str, Any]:
     """
     given = {}
     for argument, role in columns.items():
-        if role not in videos:
-            near = difflib.get_close_matches(role, videos, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(
-                f"prediction.columns.{argument}: the data has no role {role!r}{hint}. "
-                f"It has: {', '.join(videos) or 'none'}"
-            )
+        expect_role(f"columns.{argument}", role, videos)
         clips = [_pictures(video) for video in videos[role]]
         if role == "image":
             clips = [pictures[0] for pictures in clips]
         given[argument] = clips[0] if len(clips) == 1 else clips
     return given
+
+
+def expect_role(key: str, role: str, roles: Iterable[str], data: str = "It") -> None:
+    """Raise a UsageError if a role that `prediction.KEY` names is not among those of the data."""
+    known = list(roles)
+    if role not in known:
+        near = difflib.get_close_matches(role, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise UsageError(
+            f"prediction.{key}: the data has no role {role!r}{hint} {data} has: {', '.join(known) or 'none'}"
+        )
 
 
 def _pictures(video: Tensor) -> list[Any]:

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UsageError
-from .columns import arguments
+from .columns import arguments, expect_role
 from .latents import Encoder, continued, frame_axis
 from .one_call import one_call, path_of
 from .protocol import Begun, Videos
@@ -36,10 +35,7 @@ class OneStep:
     @contextmanager
     def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
         """As `Prediction.begin`."""
-        if self.source not in videos:
-            raise UsageError(
-                f"prediction.source: the data has no role {self.source!r}. It has: {', '.join(videos) or 'none'}"
-            )
+        expect_role("source", self.source, videos)
         start = self.encoder(pipe, videos, self.source)
         known = self.encoder(pipe, videos, "context") if "context" in videos else None
         if known is not None:

@@ -15,6 +15,7 @@ from ..data.prompts import Condition, read_conditions
 from ..data.source import Row
 from ..errors import UsageError
 from ..objective import Objective
+from ..prediction.columns import expect_role
 from ..prediction.latents import Encoder
 from .batches import Batches, ClipBatches, PromptBatches
 from .config import Clips as ClipsConfig
@@ -139,10 +140,7 @@ def _check_roles(config: Config, name: str, clips: Clips) -> None:
         return
     roles = clips.clip(0).videos
     for key, role in wanted.items():
-        if role not in roles:
-            near = difflib.get_close_matches(role, roles, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise UsageError(f"prediction.{key}: the data has no role {role!r}{hint} {name} has: {', '.join(roles)}")
+        expect_role(key, role, roles, name)
 
 
 def held_out_clips(config: Config) -> Clips:
