@@ -30,6 +30,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=2, help="clips, and prompts for the LoRA (default: 2)")
     parser.add_argument("--frames", type=int, default=33, help="of a clip (default: 33)")
     parser.add_argument("--size", type=size, default=(64, 64), metavar="HxW", help="in pixels (default: 64x64)")
+    parser.add_argument(
+        "--time-sizes",
+        type=size,
+        nargs="+",
+        metavar="HxW",
+        help="to take times at (default: that of --size)",
+    )
     parser.add_argument("--memory-frames", type=int, nargs="+", default=[9, 17, 33], help="lengths of curve (a)")
     parser.add_argument("--distances", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of truncation, in groups")
     parser.add_argument("--probes", type=int, default=2, help="random cotangents a group of frames, for the influence")
@@ -78,6 +85,7 @@ def _measure(args: argparse.Namespace) -> dict:
             count=args.count,
             frames=args.frames,
             size=args.size,
+            time_sizes=tuple(args.time_sizes or [args.size]),
             memory_frames=tuple(args.memory_frames),
             distances=tuple(args.distances),
             probes=args.probes,

@@ -20,7 +20,7 @@ from chopgrad_align.data.video import write_video
 from chopgrad_align.decode import decode
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_decode.py"
-FRAMES, GROUPS = 5, 2
+FRAMES, GROUPS, SIZES = 5, 2, ["16x16", "24x16"]
 HOST = Row(Exact(checkpoint=True, cache="host")).name
 BFLOAT16 = f"{Row(Exact(checkpoint=False)).name}, bfloat16"
 
@@ -44,7 +44,14 @@ def model(tmp_path_factory):
 def folder(bench, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     lengths = {"--frames": [FRAMES], "--memory-frames": [9], "--distances": range(GROUPS)}
-    numbers = {"--count": [1], "--size": ["16x16"], "--probes": [1], "--repetitions": [2], "--options": ["bfloat16"]}
+    numbers = {
+        "--count": [1],
+        "--size": SIZES[:1],
+        "--time-sizes": SIZES,
+        "--probes": [1],
+        "--repetitions": [2],
+        "--options": ["bfloat16"],
+    }
     options = [part for name, values in (lengths | numbers).items() for part in (name, *values)]
     bench("--vae", model, "--pipeline", model, "--device", "cpu", "--out", folder, *options)
     return folder
@@ -60,11 +67,13 @@ def test_every_row_is_there(results):
     assert set(results["memory"]["peak_bytes"]) == set(POLICIES)
     assert set(results["memory"]["of_clip"]) == ways
     assert ways <= set(results["error"]["cosine"])
-    assert set(results["speed"]["seconds"]) == {*ways, FORWARD}
-    assert set(results["speed"]["goal"]) <= set(POLICIES)
-    assert len(results["speed"]["goal"]) == 2
-    assert results["speed"]["ratio"][REFERENCE] == 1
-    assert all(min(times) > 0 and len(times) == 2 for times in results["speed"]["seconds"].values())
+    assert list(results["speed"]) == SIZES
+    for speed in results["speed"].values():
+        assert set(speed["seconds"]) == {*ways, FORWARD}
+        assert set(speed["goal"]) <= set(POLICIES)
+        assert len(speed["goal"]) == 2
+        assert speed["ratio"][REFERENCE] == 1
+        assert all(min(times) > 0 and len(times) == 2 for times in speed["seconds"].values())
 
 
 def test_names_of_rows_are_code():
@@ -106,7 +115,7 @@ def test_the_page_shows_every_row_and_its_pictures(folder, results):
     page = (folder / "benchmark.md").read_text()
     pictures = sorted(path.name for path in folder.glob("*.png"))
     assert pictures == [f"benchmark_{name}.png" for name in ("error", "influence", "memory", "ways")]
-    for text in [*pictures, *results["speed"]["seconds"], *results["memory"]["peak_bytes"]]:
+    for text in [*pictures, *results["speed"][SIZES[0]]["seconds"], *results["memory"]["peak_bytes"]]:
         assert text in page
     assert "--size 16x16" in page
 

@@ -87,15 +87,16 @@ def draw_error(results: dict[str, Any], path: Path) -> None:
 
 def draw_ways(results: dict[str, Any], path: Path) -> None:
     """Cosine, memory and time of the policies and of other projects' ways, side by side."""
-    speed, peaks, cosines = results["speed"], results["memory"]["of_clip"], results["error"]["cosine"]
-    names = list(speed["ratio"])[::-1]
+    speeds, peaks, cosines = results["speed"], results["memory"]["of_clip"], results["error"]["cosine"]
+    names = names_of(speeds)[::-1]
     place = np.arange(len(names))
     colours = [_colour(name) for name in names]
-    figure = _figure(11.5, 0.7 + 0.29 * len(names))
-    left, middle, right = figure.subplots(1, 3, sharey=True)
+    figure = _figure(8.5 + 3 * len(speeds), 0.7 + 0.29 * len(names))
+    left, middle, *right = figure.subplots(1, 2 + len(speeds), sharey=True)
     _axes(left, "Cosine to the exact gradient", "cosine: median and range of the cases", "")
     _axes(middle, "Memory", "peak (MiB)", "")
-    _axes(right, "Time", "ratio to plain autograd", "")
+    for axes, size in zip(right, speeds, strict=True):
+        _axes(axes, f"Time, {size}", "ratio to plain autograd", "")
     for at, name, colour in zip(place, names, colours, strict=True):
         if values := cosines.get(name):
             left.plot([min(values), max(values)], [at, at], color=colour, linewidth=2.5, solid_capstyle="round")
@@ -103,23 +104,29 @@ def draw_ways(results: dict[str, Any], path: Path) -> None:
         if peak := peaks.get(name):
             middle.barh(at, peak / _MIB, color=colour, height=0.6)
             middle.annotate(f"{peak / _MIB:.0f}", (peak / _MIB, at), (3, 0), textcoords="offset points", **_SMALL)
-        ratio = speed["ratio"][name]
-        right.barh(at, ratio, color=colour, height=0.6)
-        right.annotate(f"{ratio:.2f}", (ratio, at), (3, 0), textcoords="offset points", **_SMALL)
-        if goal := speed["goal"].get(name):
-            right.plot([goal, goal], [at - 0.42, at + 0.42], color="#CC0000", linewidth=2)
-    right.plot([], [], color="#CC0000", linewidth=2, label="goal: at most")
-    if speed["goal"]:
-        right.legend(frameon=False, fontsize=8.5, loc="upper right")
+        for axes, speed in zip(right, speeds.values(), strict=True):
+            ratio = speed["ratio"][name]
+            axes.barh(at, ratio, color=colour, height=0.6)
+            axes.annotate(f"{ratio:.2f}", (ratio, at), (3, 0), textcoords="offset points", **_SMALL)
+            if goal := speed["goal"].get(name):
+                axes.plot([goal, goal], [at - 0.42, at + 0.42], color="#CC0000", linewidth=2)
+    right[-1].plot([], [], color="#CC0000", linewidth=2, label="goal: at most")
+    if next(iter(speeds.values()))["goal"]:
+        right[-1].legend(frameon=False, fontsize=8.5, loc="upper right")
     left.set_yticks(place, names)
     left.set_xlim(min(0, *map(min, cosines.values())) - 0.02, 1.03)
-    for axes in (left, middle, right):
+    for axes in (left, middle, *right):
         axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
         axes.grid(axis="y", visible=False)
         axes.set_ylim(-0.6, len(names) - 0.4)
-    for axes in (middle, right):
+    for axes in (middle, *right):
         axes.margins(x=0.12)
     _save(figure, path)
+
+
+def names_of(speeds: dict[str, Any]) -> list[str]:
+    """Every way that was timed, in the order of the tables."""
+    return list(next(iter(speeds.values()))["ratio"])
 
 
 _SMALL: dict[str, Any] = {"fontsize": 8, "va": "center", "color": "#333333"}

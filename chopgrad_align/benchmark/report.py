@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..files import whole_file
 from .cases import EMBEDDED
 from .peers import PEERS
-from .plots import draw_error, draw_influence, draw_memory, draw_ways
+from .plots import draw_error, draw_influence, draw_memory, draw_ways, names_of
 from .rows import EXACT, REFERENCE
 from .speed import FORWARD
 
@@ -61,8 +61,8 @@ Against plain autograd, as lowest to highest over {cases} cases: a loss to a tar
 
 ![Cosine, memory and time of every way](benchmark_ways.png)
 
-Time is the ratio of medians to plain autograd over {repetitions} interleaved repetitions on the first clip, with its
-quartiles; plain autograd took {seconds:.2f} s. Cosine is that to the exact gradient of the latents, lowest to highest
+Time is the ratio of medians to plain autograd, with quartiles, over {repetitions} interleaved repetitions on the first
+clip; plain autograd took {seconds}. Cosine is that to the exact gradient of the latents, lowest to highest
 over the cases. A row named `fused` is `decode_loss`; `bfloat16`, `channels_last_3d` and `torch.compile` change the VAE.
 Other projects' ways are written here from their descriptions, kindly where they leave a choice: VADER scores one frame,
 VideoX-Fun the frames of the first latents, DOVE decodes each latent alone, UniRL decodes the whole clip in tiles that
@@ -116,7 +116,7 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
 def page(results: dict[str, Any]) -> str:
     """The page, in Markdown."""
     settings, machine = results["settings"], results["machine"]
-    memory, influence, error = results["memory"], results["influence"], results["error"]
+    memory, influence, error, speed = (results[part] for part in ("memory", "influence", "error", "speed"))
     lora = results.get("lora_error")
     cuda = settings["device"] == "cuda"
     distances = [f"Truncated({distance})" for distance in settings["distances"]] + [EXACT]
@@ -150,9 +150,9 @@ def page(results: dict[str, Any]) -> str:
             ([f"`{name}`", *(span(column[name]) for column in columns.values())] for name in distances),
         ),
         repetitions=settings["repetitions"],
-        seconds=statistics.median(results["speed"]["seconds"][REFERENCE]),
-        ways=_table(["", "time", "quartiles", "memory, MiB", "cosine to the exact gradient"], _ways(results)),
-        goals=_goals(results["speed"]),
+        seconds=" and ".join(f"{_reference(of):.2f} s at {size}" for size, of in speed.items()),
+        ways=_table(["", *(f"time, {size}" for size in speed), "memory, MiB", "cosine"], _ways(results)),
+        goals=_goals(speed),
     )
 
 
@@ -165,23 +165,30 @@ def machine_name(machine: dict[str, Any]) -> str:
 
 
 def _ways(results: dict[str, Any]) -> Iterable[list[str]]:
-    speed, reference = results["speed"], statistics.median(results["speed"]["seconds"][REFERENCE])
-    for name, ratio in speed["ratio"].items():
-        low, _, high = (q / reference for q in statistics.quantiles(speed["seconds"][name], n=4))
+    for name in names_of(results["speed"]):
         cosine = results["error"]["cosine"].get(name)
         peak = results["memory"]["of_clip"].get(name)
         yield [
             name if name in PEERS or name == FORWARD else f"`{name}`",
-            f"{ratio:.2f}",
-            f"{low:.2f}–{high:.2f}",
+            *(_time(speed, name) for speed in results["speed"].values()),
             mebibytes(peak) if name in results["memory"]["of_clip"] else "",
             span(cosine) if cosine else "",
         ]
 
 
-def _goals(speed: dict[str, Any]) -> str:
+def _time(speed: dict[str, Any], name: str) -> str:
+    low, _, high = (q / _reference(speed) for q in statistics.quantiles(speed["seconds"][name], n=4))
+    return f"{speed['ratio'][name]:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _reference(speed: dict[str, Any]) -> float:
+    return statistics.median(speed["seconds"][REFERENCE])
+
+
+def _goals(speeds: dict[str, Any]) -> str:
     lines = [
-        f"- `{name}` took {speed['ratio'][name]:.2f} of plain autograd; the goal is at most {goal:.2f}"
+        f"- `{name}` took {speed['ratio'][name]:.2f} of plain autograd at {size}; the goal is at most {goal:.2f}"
+        for size, speed in speeds.items()
         for name, goal in speed["goal"].items()
     ]
     return "\n" + "\n".join(lines) + "\n" if lines else ""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..backprop import Truncated
+from ..decode import FrameLoss
 from ..errors import UsageError
 from .cases import cases, encode, folder_of, load_clips, load_vae, losses
 from .error import measure_error, measure_lora_error
@@ -40,6 +41,7 @@ class Settings:
     """Clips, and prompts for the LoRA."""
     frames: int
     size: tuple[int, int]
+    time_sizes: tuple[tuple[int, int], ...]
     memory_frames: tuple[int, ...]
     distances: tuple[int, ...]
     probes: int
@@ -69,8 +71,7 @@ def benchmark(settings: Settings, policies: Mapping[str, Method] = POLICIES) -> 
     folder = Path(settings.clips) if settings.clips else None
     clips = load_clips(folder, settings.count, settings.frames, settings.size)
     latents = {name: encode(vae, clip) for name, clip in clips.items()}
-    first = next(iter(clips))
-    loss = losses(clips[first].to(latents[first]))["pixel"]
+    timed = {shape: _first_clip(vae, settings, folder, shape) for shape in settings.time_sizes}
 
     by_distance: dict[str, Method] = {row.name: row for row in map(Row, map(Truncated, settings.distances))}
     compared: dict[str, Method] = {REFERENCE: policies[REFERENCE], **by_distance, EXACT: policies[EXACT]}
@@ -89,9 +90,21 @@ def benchmark(settings: Settings, policies: Mapping[str, Method] = POLICIES) -> 
     if lora:
         _say("error of LoRA")
         results["lora_error"] = measure_lora_error(*lora, compared, settings.count)
-    _say("time")
-    results["speed"] = measure_speed(vae, methods, latents[first], loss, settings.repetitions)
+    results["speed"] = {}
+    for (height, width), (z, loss) in timed.items():
+        name = f"{height}x{width}"
+        _say(f"time, {name}")
+        results["speed"][name] = measure_speed(vae, methods, z, loss, settings.repetitions)
     return results
+
+
+def _first_clip(
+    vae: Any, settings: Settings, folder: Path | None, size: tuple[int, int]
+) -> tuple[torch.Tensor, FrameLoss]:
+    """The latents of the first clip at a size, and the pixel loss to it."""
+    (clip,) = load_clips(folder, 1, settings.frames, size).values()
+    latents = encode(vae, clip)
+    return latents, losses(clip.to(latents))["pixel"]
 
 
 def _with_lora(settings: Settings, folder: str) -> tuple[Any, list[nn.Parameter], dict[str, Any]]:
