@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_vaes
 import torch
-from gradients import assert_same, assert_same_gradient, gradient, relative_error, weighted
+from gradients import ROUNDING, assert_same, assert_same_gradient, gradient, relative_error, weighted
 from torch import Tensor, nn
 
 from chopgrad_align import Exact, Full, Truncated, UsageError, decode, decode_loss, decoders
@@ -185,7 +185,7 @@ def test_pixels_bit_for_bit_and_the_gradient_of_plain_autograd(case):
     for backprop in POLICIES:
         pixels = case.decode(vae, latents, backprop)
         assert torch.equal(pixels, expected), backprop
-        assert relative_error(gradient(weighted(pixels), latents), expected_gradient) < 1e-5, backprop
+        assert relative_error(gradient(weighted(pixels), latents), expected_gradient) < ROUNDING, backprop
     with torch.no_grad():
         assert torch.equal(case.decode(vae, latents), expected)
 
@@ -242,7 +242,7 @@ def test_streamed_loss(case):
     loss = decode_loss(vae, latents, frame_loss, Exact(), **case.decode_kwargs)
     expected = (pixels - target).square().sum()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    assert relative_error(gradient(loss, latents), gradient(expected, latents)) < 1e-5
+    assert relative_error(gradient(loss, latents), gradient(expected, latents)) < ROUNDING
 
 
 def peak(case: Case, shape: tuple[int, ...], backprop) -> float:
