@@ -94,7 +94,8 @@ def draw_ways(results: dict[str, Any], path: Path) -> None:
     figure = _figure(8.5 + 3 * len(speeds), 0.7 + 0.29 * len(names))
     left, middle, *right = figure.subplots(1, 2 + len(speeds), sharey=True)
     _axes(left, "Cosine to the exact gradient", "cosine: median and range of the cases", "")
-    _axes(middle, "Memory", "peak (MiB)", "")
+    height, width = results["settings"]["size"]
+    _axes(middle, f"Memory, {height}x{width}", "peak (MiB)", "")
     for axes, size in zip(right, speeds, strict=True):
         _axes(axes, f"Time, {size}", "ratio to plain autograd", "")
     for at, name, colour in zip(place, names, colours, strict=True):
@@ -129,7 +130,8 @@ def names_of(speeds: dict[str, Any]) -> list[str]:
     return list(next(iter(speeds.values()))["ratio"])
 
 
-_SMALL: dict[str, Any] = {"fontsize": 8, "va": "center", "color": "#333333"}
+_SMALL: dict[str, Any] = {"fontsize": 8, "va": "center", "color": "#333333", "zorder": 3}
+_SMALL["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # above a goal's line
 
 
 def _colour(name: str) -> str:

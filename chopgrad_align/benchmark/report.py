@@ -62,11 +62,11 @@ Against plain autograd, as lowest to highest over {cases} cases: a loss to a tar
 ![Cosine, memory and time of every way](benchmark_ways.png)
 
 Time is the ratio of medians to plain autograd, with quartiles, over {repetitions} interleaved repetitions on the first
-clip; plain autograd took {seconds}. Cosine is that to the exact gradient of the latents, lowest to highest
-over the cases. A row named `fused` is `decode_loss`; `bfloat16`, `channels_last_3d` and `torch.compile` change the VAE.
-Other projects' ways are written here from their descriptions, kindly where they leave a choice: VADER scores one frame,
-VideoX-Fun the frames of the first latents, DOVE decodes each latent alone, UniRL decodes the whole clip in tiles that
-are recomputed.
+clip; plain autograd took {seconds}.
+Cosine is that to the exact gradient of the latents, lowest to highest over the cases; memory is as above. A row named
+`fused` is `decode_loss`; `bfloat16`, `channels_last_3d` and `torch.compile` change the VAE. Other projects' ways are
+written here from their descriptions, kindly where they leave a choice: VADER scores one frame, VideoX-Fun the frames of
+the first latents, DOVE decodes each latent alone, UniRL decodes the whole clip in tiles that are recomputed.
 
 {ways}
 {goals}"""
