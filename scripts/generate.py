@@ -34,6 +34,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help="folder of a training run: its model, settings and LoRA")
     parser.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: the embedded one)")
     parser.add_argument("--lora", type=Path, help="folder or file of LoRA weights, such as RUN/lora")
+    parser.add_argument(
+        "--lora-scale",
+        type=float,
+        metavar="SCALE",
+        help="below 1: between the base model and the tuned one, if that went too far (default: 1)",
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="may be repeated")
     what.add_argument("--prompts", type=Path, metavar="FILE", help=".txt; or .csv, .jsonl with `prompt` and/or `image`")
@@ -83,6 +89,8 @@ def generate(args: argparse.Namespace) -> None:
         check_pipeline(model, "--model")
     adapter = args.run / "lora" if config else args.lora
     lora = lora_file(adapter) if adapter else None
+    if args.lora_scale is not None and lora is None:
+        raise UsageError(f"--lora-scale {args.lora_scale}: there is no LoRA; give --run or --lora too")
 
     import torch
     from diffusers.utils import load_image
@@ -99,7 +107,7 @@ def generate(args: argparse.Namespace) -> None:
         pipe, defaults, fps = read_pipeline(model, "--model", {"default": dtype}), _call_defaults(model), 8
     pipe.to(device)
     if lora:
-        load_lora(pipe, lora)
+        load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale)
     call = _call_arguments(pipe, defaults, args)
     for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
         pipe.set_progress_bar_config(desc=path.stem, leave=False)

@@ -131,6 +131,16 @@ def test_options_go_before_the_run(generate, model, run, lora, written, tmp_path
     assert fps == 7
 
 
+def test_a_lora_counts_as_much_as_asked(generate, model, run, lora, written, tmp_path):
+    generate("--run", run, "--prompt", PROMPTS[0], "--lora-scale", 0.25, "--out", tmp_path)
+    pipe = the_runs_pipeline(model, lora, vae=torch.bfloat16)
+    pipe.set_adapters(pipe.get_active_adapters(), 0.25)
+    call = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 3.0}
+    call |= {"max_sequence_length": 20, "generator": torch.Generator().manual_seed(0)}
+    ((_, video, _),) = written
+    assert torch.equal(video, pipe(PROMPTS[0], **call, output_type="pt").frames[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -191,6 +201,7 @@ def test_an_image_alone_is_enough_for_image_to_video(generate, tmp_path, capsys)
         (["--model", "."], "--model: . holds no diffusers pipeline"),
         (["--model", "no/body"], "--model: cannot load no/body; check the name and the network"),
         (["--lora", "none"], "there are no LoRA weights none; give"),
+        (["--lora-scale", "0.5"], "--lora-scale 0.5: there is no LoRA; give --run or --lora too"),
         (["--frames", "6"], "would round num_frames=6"),
         (["--size", "20x16"], "would round height=20"),
         (["--dtype", "float32", "--prompt", " "], "an empty --prompt"),
@@ -218,4 +229,4 @@ def test_an_empty_prompt_file_and_a_lora_of_another_model(generate, model, lora,
     for folder, weights in [(tmp_path / "svd", lora), (model, cut)]:
         with pytest.raises(SystemExit, match="2"):
             generate("--model", folder, "--prompt", "a", "--lora", weights, "--out", tmp_path / "out")
-        assert "does not fit" in capsys.readouterr().err
+        assert "cannot be loaded into" in capsys.readouterr().err

@@ -44,6 +44,17 @@ class Run:
 
 
 @_strict
+class FusedLora:
+    name: str
+    """Folder, file or hub id."""
+    file: str | None = None
+    """Of a folder, or of a hub repository, that holds several."""
+    scale: Finite = 1.0
+    second: bool = False
+    """Whether it is for `transformer_2`, of Wan 2.2's pair of transformers."""
+
+
+@_strict
 class Model:
     name: str
     """Folder or hub id of a diffusers pipeline."""
@@ -52,6 +63,8 @@ class Model:
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     variant: str | None = None
     """Of the weight files, such as fp16."""
+    loras: list[FusedLora] = field(default_factory=list)
+    """Fused into the weights as these are loaded: of few-step distillation, or of an earlier run."""
     scheduler: dict[str, Any] = field(default_factory=dict)
     """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone."""
     call: dict[str, Any] = field(default_factory=dict)

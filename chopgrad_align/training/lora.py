@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,7 @@ def lora_file(path: Path) -> Path:
     return file
 
 
-def load_lora(pipe: Any, path: Path, adapter: str | None = None) -> None:
+def load_lora(pipe: Any, path: Path, adapter: str | None = None, scale: float = 1.0) -> None:
     """Add a saved LoRA, a file or the folder of one, to a plain pipeline, also if diffusers has no loader for it.
 
     diffusers rounds its weights to the denoiser's type; in training they are float32.
@@ -121,31 +123,74 @@ def load_lora(pipe: Any, path: Path, adapter: str | None = None) -> None:
         pipe: Of diffusers.
         path: As `save_lora` wrote it, or one of another maker.
         adapter: A name for it, if there are to be several; a Python identifier.
+        scale: Its weight; between 0 and 1 the model is between the base model and the tuned one, as in DRaFT (arXiv
+            2309.17400).
 
     Raises:
         UsageError: The file is not there, or does not fit the pipeline.
     """
+    from diffusers.utils.peft_utils import scale_lora_layers
+
     path = lora_file(path)
-    try:
+    with _fitting(pipe, path):
         if hasattr(pipe, "load_lora_weights"):
-            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter)
+            _load(pipe, str(path.parent), path.name, adapter)
             if (path.parent / _SECOND / path.name).is_file():
-                pipe.load_lora_weights(
-                    str(path.parent / _SECOND),
-                    weight_name=path.name,
-                    adapter_name=adapter,
-                    load_into_transformer_2=True,
-                )
-            return
-        if adapter is not None:
+                _load(pipe, str(path.parent / _SECOND), path.name, adapter, second=True)
+        elif adapter is not None:
             raise ValueError("diffusers has no loader for LoRAs on this pipeline, so there can be one only")
-        with safe_open(path, "pt") as file:
-            config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
-        load_lora_state(add_lora(pipe, config), path)
+        else:
+            with safe_open(path, "pt") as file:
+                config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
+            load_lora_state(add_lora(pipe, config), path)
+    for name in _TRAINED:
+        if pipe.components.get(name) is not None:
+            scale_lora_layers(pipe.components[name], scale)
+
+
+def fuse_lora(pipe: Any, name: str, file: str | None = None, scale: float = 1.0, second: bool = False) -> None:
+    """Add a LoRA to the weights of a pipeline themselves.
+
+    Args:
+        pipe: Of diffusers.
+        name: Folder, file or hub id.
+        file: Of a folder, or of a hub repository, that holds several.
+        scale: Its weight.
+        second: Whether it is for `transformer_2`, of Wan 2.2's pair of transformers.
+
+    Raises:
+        UsageError: The LoRA cannot be loaded, or does not fit the pipeline.
+    """
+    with _fitting(pipe, name):
+        if not hasattr(pipe, "load_lora_weights"):
+            raise ValueError("diffusers has no loader for LoRAs on this pipeline")
+        if Path(name).exists() and not second:
+            load_lora(pipe, Path(name, file or ""))
+        else:
+            path = lora_file(Path(name, file or "")) if Path(name).exists() else None
+            source, weights = (str(path.parent), path.name) if path else (name, file)
+            _load(pipe, source, weights, second=second)
+        parts = [part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None]
+        pipe.fuse_lora(components=parts, lora_scale=scale)
+        pipe.unload_lora_weights()
+
+
+def _load(pipe: Any, folder: str, file: str | None, adapter: str | None = None, second: bool = False) -> None:
+    into = {"load_into_transformer_2": True} if second else {}  # of which other pipelines know nothing
+    pipe.load_lora_weights(folder, weight_name=file, adapter_name=adapter, **into)
+    if not any(pipe.get_list_adapters().values()):  # diffusers logs that nothing fits, and goes on
+        raise ValueError(f"it has no weights for {', '.join(pipe._lora_loadable_modules)}")
+
+
+@contextmanager
+def _fitting(pipe: Any, lora: object) -> Iterator[None]:
+    """Within the context, what goes wrong with a LoRA is a UsageError."""
+    try:
+        yield
     except (OSError, AttributeError, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UsageError(
-            f"the LoRA {path} does not fit {type(pipe).__name__}; give one that was trained on this model ({reason})"
+            f"the LoRA {lora} cannot be loaded into {type(pipe).__name__}; give one of this model ({reason})"
         ) from error
 
 

@@ -17,7 +17,9 @@ from ..objective import LatentTerm, LossTerm, Objective, Term
 from ..reward import load_reward
 from ..reward.loading import to_device
 from .config import Loss, Model, Reward
+from .lora import fuse_lora, lora_file
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffusion": "outputs"}
 
 
@@ -27,7 +29,7 @@ def check_pipeline(name: str, argument: str) -> None:
     if folder.exists():
         if not (folder / "model_index.json").is_file():
             raise UsageError(f"{argument}: {folder} holds no diffusers pipeline (no model_index.json)")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    elif not _HUB_ID.fullmatch(name):
         raise UsageError(f"{argument}: there is no folder {name}; give one, or a hub id such as owner/name")
 
 
@@ -56,13 +58,23 @@ def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str
 
 def check_model(model: Model) -> None:
     check_pipeline(model.name, "model.name")
+    for number, lora in enumerate(model.loras):
+        if Path(lora.name).exists():
+            lora_file(Path(lora.name, lora.file or ""))
+        elif not _HUB_ID.fullmatch(lora.name):
+            raise UsageError(
+                f"model.loras[{number}].name: there is no folder or file {lora.name}; give one, or a hub id such as "
+                "owner/name"
+            )
 
 
 def load_pipeline(model: Model) -> Any:
-    """The pipeline on the CPU, its VAE in its own type, its scheduler replaced if the config says so."""
+    """The pipeline on the CPU, its VAE in its own type, LoRAs fused, its scheduler replaced if the config says so."""
     pipe = read_pipeline(
         model.name, "model.name", {"default": model.dtype, "vae": model.vae_dtype}, variant=model.variant
     )
+    for lora in model.loras:
+        fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second)
     if model.scheduler:
         pipe.scheduler = _scheduler(pipe, dict(model.scheduler))
     pipe.set_progress_bar_config(disable=True)

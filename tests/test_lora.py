@@ -1,0 +1,155 @@
+"""LoRAs that a model comes with: fused as it is loaded, or added with a weight of their own."""
+
+import json
+
+import pytest
+import tiny_pipelines
+import tiny_runs
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+
+from chopgrad_align.errors import UsageError
+from chopgrad_align.training.batches import call_inputs
+from chopgrad_align.training.loop import train
+from chopgrad_align.training.lora import load_lora
+from chopgrad_align.training.models import check_model, load_pipeline
+
+CALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline, the same with Wan 2.2's pair of transformers, and a LoRA of its transformer."""
+    folder = tmp_path_factory.mktemp("loras")
+    tiny_pipelines.wan_t2v().save_pretrained(folder / "wan")
+    tiny_pipelines.wan_t2v(two_stage=True).save_pretrained(folder / "pair")
+    transformer = tiny_pipelines.wan_t2v().transformer
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, lora_alpha=1, target_modules=tiny_pipelines.TARGETS, init_lora_weights=False)
+    transformer.add_adapter(config)
+    weights = {
+        "transformer_lora_layers": get_peft_model_state_dict(transformer),
+        "transformer_lora_adapter_metadata": config.to_dict(),
+    }
+    tiny_pipelines.wan_t2v().save_lora_weights(folder / "lora", **weights)
+    tiny_pipelines.wan_t2v().save_lora_weights(folder / "several", weight_name="four_steps.safetensors", **weights)
+    return folder
+
+
+def model(folder, name, *overrides):
+    return tiny_runs.config(folder, folder / name, *overrides).model
+
+
+def latents(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(prompt="a red circle", generator=torch.Generator().manual_seed(0), **CALL).frames
+
+
+def by_diffusers(folder, name, scale=1.0):
+    """The pipeline with the LoRA as an adapter beside its weights, of either transformer."""
+    pipe = DiffusionPipeline.from_pretrained(folder / name)
+    pipe.load_lora_weights(folder / "lora", adapter_name="own")
+    if name == "pair":
+        pipe.load_lora_weights(folder / "lora", adapter_name="own", load_into_transformer_2=True)
+    pipe.set_adapters("own", scale)
+    return latents(pipe)
+
+
+@pytest.mark.parametrize(
+    ("lora", "scale"),
+    [
+        ("name: {}/lora", 1.0),
+        ("name: {}/lora, scale: 0.5", 0.5),
+        ("name: {}/several, file: four_steps.safetensors", 1.0),
+    ],
+)
+def test_a_fused_lora_is_the_lora_and_leaves_plain_weights(folder, lora, scale):
+    settings = model(folder, "wan", f"model.loras=[{{{lora.format(folder)}}}]")
+    check_model(settings)
+    pipe = load_pipeline(settings)
+    assert not any(isinstance(module, BaseTunerLayer) for module in pipe.transformer.modules())
+    expected, base = by_diffusers(folder, "wan", scale), latents(load_pipeline(model(folder, "wan")))
+    torch.testing.assert_close(latents(pipe), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - base).abs().max() > 0.01
+
+
+def test_several_are_fused_one_after_the_other(folder):
+    one = f"{{name: {folder}/lora, scale: 0.5}}"
+    twice = latents(load_pipeline(model(folder, "wan", f"model.loras=[{one},{one}]")))
+    torch.testing.assert_close(twice, by_diffusers(folder, "wan"), rtol=1e-4, atol=1e-4)
+
+
+def test_the_second_transformer_has_loras_of_its_own(folder):
+    first, second = f"{{name: {folder}/lora}}", f"{{name: {folder}/lora, second: true}}"
+    found = latents(load_pipeline(model(folder, "pair", f"model.loras=[{first},{second}]")))
+    torch.testing.assert_close(found, by_diffusers(folder, "pair"), rtol=1e-4, atol=1e-4)
+    alone = latents(load_pipeline(model(folder, "pair", f"model.loras=[{first}]")))
+    assert (found - alone).abs().max() > 0.01
+
+
+def test_a_run_on_top_of_another_starts_where_that_one_ended(folder, tmp_path):
+    first = tiny_runs.config(tmp_path, folder / "wan", "run.folder=" + str(tmp_path / "first"))
+    train(first)
+    second = tiny_runs.config(tmp_path, folder / "wan", f"model.loras=[{{name: {tmp_path}/first/lora}}]")
+    train(second)
+    ended, began = (json.loads((tmp_path / name / "heldout.json").read_text()) for name in ("first", "run"))
+    assert began["before"] == pytest.approx(ended["after"], abs=1e-5)
+    assert began["before"] != pytest.approx(ended["before"], abs=1e-5)
+
+
+@pytest.mark.parametrize("make", ["wan_t2v", "svd"])
+def test_the_scale_of_a_lora_interpolates(make, folder, tmp_path):
+    """At 0 it is the base model; of a run of the trainer, also where diffusers has no loader."""
+    getattr(tiny_pipelines, make)().save_pretrained(tmp_path / "model")
+    own = []
+    if make == "svd":
+        tiny_pipelines.picture().save(tmp_path / "a.png")
+        (tmp_path / "images.csv").write_text("image\na.png\n")
+        images = tmp_path / "images.csv"
+        own = ["~model.call.guidance_scale", f"data.train={images}", f"data.held_out={images}"]
+    config = tiny_runs.config(tmp_path, tmp_path / "model", "train.learning_rate=0.1", *own, frames=4 + (make != "svd"))
+    train(config)
+
+    def sampled(scale=None):
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "model")
+        if scale is not None:
+            load_lora(pipe, tmp_path / "run" / "lora", scale=scale)
+        pipe.set_progress_bar_config(disable=True)
+        inputs = call_inputs(pipe, ["a star"], [0])
+        if make == "svd":
+            inputs["image"] = tiny_pipelines.picture()
+        return pipe(**config.model.call, **inputs, output_type="latent").frames
+
+    base, whole, half = sampled(), sampled(1.0), sampled(0.5)
+    torch.testing.assert_close(sampled(0.0), base)
+    assert 0 < (half - base).norm() < (whole - base).norm()
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("{name: nowhere}", r"model\.loras\[0\]\.name: there is no folder or file nowhere; give one, or a hub id"),
+        ("{name: FOLDER/wan}", "there are no LoRA weights FOLDER/wan/pytorch_lora_weights.safetensors"),
+        ("{name: FOLDER/lora, file: a.safetensors}", "there are no LoRA weights FOLDER/lora/a.safetensors"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_loaded(folder, lora, message):
+    settings = model(folder, "wan", f"model.loras=[{lora.replace('FOLDER', str(folder))}]")
+    with pytest.raises(UsageError, match=message.replace("FOLDER", str(folder))):
+        check_model(settings)
+
+
+def test_a_lora_of_another_model(folder, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"unet.down.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match=r"other\.safetensors cannot be loaded into WanPipeline"):
+        load_pipeline(model(folder, "wan", f"model.loras=[{{name: {tmp_path}/other.safetensors}}]"))
+    with pytest.raises(UsageError, match="cannot be loaded into WanPipeline"):
+        load_pipeline(model(folder, "wan", f"model.loras=[{{name: {folder}/lora, second: true}}]"))
+    tiny_pipelines.svd().save_pretrained(tmp_path / "svd")
+    with pytest.raises(UsageError, match="diffusers has no loader"):
+        load_pipeline(model(tmp_path, "svd", f"model.loras=[{{name: {folder}/lora}}]"))
