@@ -71,7 +71,7 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
     """The levers of a run, the dearer in time before the cheaper.
 
     Args:
-        chunks: Of the rewards that score frames alone, how many they score at a time.
+        chunks: Of the rewards and losses that look at frames alone, by their place in the config: how many at a time.
     """
     batch = config.train.micro_batch
     found = [Lever(PHASES[:-1], [{"train.micro_batch": n} for n in range(batch, 0, -1) if batch % n == 0])]
@@ -83,8 +83,8 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
     if config.gradient.decoder != "full":
         alive = ("decoding", "reward", "reward backward", "decoder backward")
         found.append(Lever(alive, [{"gradient.cache": place} for place in ("device", "host")]))
-    smaller = [n for n in (4, 2) if any(n < size for size in chunks.values())]
-    rungs = [{f"rewards.{name}.args.frames_per_chunk": min(n, size) for name, size in chunks.items()} for n in smaller]
+    smaller = [n for n in (4, 2, 1) if any(n < size for size in chunks.values())]
+    rungs = [{f"{place}.args.frames_per_chunk": min(n, size) for place, size in chunks.items()} for n in smaller]
     return [*found, Lever(("reward", "reward backward"), [{}, *rungs])]
 
 

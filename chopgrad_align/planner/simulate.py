@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,20 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from ..backprop import Backprop
+from ..data.buckets import Bucket
 from ..errors import UsageError
+from ..losses.protocol import FrameLoss
 from ..memory import StorageCount
-from ..objective import Objective, Statistics, Term
+from ..objective import LossTerm, Objective, Statistics, Term
 from ..reward import FrameReward
 from ..rollout import check_call
 from ..steps import LastSteps
-from ..training.config import Config
+from ..training.config import Clips, Config
+from ..training.data import buckets
 from ..training.encoded_prompts import release_text_encoders, text_encoders
 from ..training.lora import add_lora, lora_config, lora_parameters
 from ..training.models import load_objective, load_pipeline
 from ..training.partial import decode_read
 from ..training.step import MicroBatch, Trainee
+from ..training.streaming import can_stream
 from .stand_ins import known_models, write_hub, write_pipeline
 from .weightless import Simulation, simulated, weightless
+
+_SECTIONS = {"reward": "rewards", "loss": "losses"}
+"""Of a config, by the kind of a term."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,9 @@ class Figures:
 
     Attributes:
         resident: Bytes that stay on the device, by what they are: the components of the pipeline with the LoRA, the
-            rewards, and the optimizer's state.
+            rewards and losses, the clips of a micro-batch, and the optimizer's state.
         phases: The peak of each phase, in order; up to the first that took more than the limit, if there was one.
-        chunks: Of the rewards that score frames alone, how many they score at a time.
+        chunks: Of the rewards and losses that look at frames alone, by their place in the config: how many at a time.
     """
 
     resident: dict[str, int]
@@ -83,16 +90,17 @@ class PhasePeaks:
     """The peaks of named phases, for `Trainee.phases`.
 
     A phase inside another counts for the inner one alone, and so does what the outer one does after it, because the
-    inner one's tensors are still there. The backward pass begins with the rewards'.
+    inner one's tensors are still there.
 
     Args:
         count: What they are read from.
         weights: Bytes of the device to be added.
         limit: After a phase that took more, `TooLarge` is raised; not after the last but one.
+        backward: With what the backward pass begins.
     """
 
-    def __init__(self, count: StorageCount, weights: int, limit: float) -> None:
-        self._count, self._weights, self._limit = count, weights, limit
+    def __init__(self, count: StorageCount, weights: int, limit: float, backward: str = "reward backward") -> None:
+        self._count, self._weights, self._limit, self._backward = count, weights, limit, backward
         self._open: list[str] = []
         self.peaks: dict[str, Memory] = {}
 
@@ -101,7 +109,7 @@ class PhasePeaks:
         self._measure()
         if self._open:
             self._check(self._open[-1])
-        self._open.append("reward backward" if name == "backward" else name)
+        self._open.append(self._backward if name == "backward" else name)
         try:
             yield
         finally:
@@ -136,17 +144,16 @@ def simulate(config: Config, limit: float = math.inf) -> Figures:
     """The memory of a training step of this run, without its weights and without a GPU.
 
     Sampling takes one step more than carry gradient: further ones repeat the same peak. The text encoder's weights
-    count, its run does not: prompt embeddings are given. Buffers inside a kernel are not seen.
+    count, its run does not: prompt embeddings are given. No file of data is opened: clips are of the largest bucket,
+    and have the roles that the config names. Buffers inside a kernel are not seen.
 
     Args:
         limit: Bytes of the device: after a phase that takes more, the others are not looked at.
 
     Raises:
-        UsageError: A model that is neither a folder nor known, a call that the pipeline does not take, a reward whose
-            checkpoint is not known, or data of clips.
+        UsageError: A model that is neither a folder nor known, a call that the pipeline does not take, or a reward
+            whose checkpoint is not known.
     """
-    if config.data.clips is not None:
-        raise UsageError("data.clips: the planner knows runs on prompts only; leave clips, losses and prediction out")
     mode = Simulation()
     with tempfile.TemporaryDirectory() as temporary:
         hub, folder = Path(temporary, "hub"), Path(temporary, "model")
@@ -161,7 +168,8 @@ def simulate(config: Config, limit: float = math.inf) -> Figures:
             write_pipeline(known_models()[name], folder)
             name = str(folder)
         with weightless(mode, hub):
-            config = replace(config, model=replace(config.model, name=name))  # type: ignore[type-var]
+            # Fused LoRAs change no shape.
+            config = replace(config, model=replace(config.model, name=name, loras=[]))  # type: ignore[type-var]
             loaded = load(config, mode)
             with simulated(mode, loaded.pipe.scheduler), _refusals(loaded.pipe):
                 return one_step(config, loaded, limit)
@@ -220,7 +228,7 @@ def load(config: Config, new_weights: AbstractContextManager[Any]) -> Loaded:
 
 def _objective(config: Config) -> Objective:
     try:
-        return load_objective(config.rewards, torch.device("cpu"))
+        return load_objective(config.rewards, torch.device("cpu"), config.losses)
     except UsageError as error:
         if isinstance(error.__cause__, OSError):  # a file that is not there, or not on the hub
             raise UsageError(
@@ -235,13 +243,17 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
 
     The weights, real or fake, were made before, and are added.
     """
-    resident = {
-        name: _bytes(module) for name, module in loaded.pipe.components.items() if isinstance(module, nn.Module)
+    terms = {
+        (term.kind, name): getattr(term, term.kind)
+        for name, term in loaded.objective.terms.items()
+        if isinstance(term, Term | LossTerm)
     }
-    rewards = {name: term.reward for name, term in loaded.objective.terms.items() if isinstance(term, Term)}
-    resident |= {f"reward {name}": _bytes(reward) for name, reward in rewards.items() if isinstance(reward, nn.Module)}
+    of_terms = _sizes({" ".join(key): part for key, part in terms.items()})
+    resident = _sizes(loaded.pipe.components) | of_terms
+    if loaded.batch.videos:
+        resident["clips"] = sum(video.untyped_storage().nbytes() for video in loaded.batch.videos.values())
     weights = sum(resident.values())
-    train = config.train
+    train, backprop = config.train, config.gradient.policy()
     with StorageCount() as count:
         optimizer = torch.optim.AdamW(loaded.parameters, lr=train.learning_rate, betas=train.betas)
         for parameter in loaded.parameters:
@@ -251,19 +263,21 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
             optimizer.zero_grad(set_to_none=True)
         resident["optimizer"] = count.now
 
-        peaks = PhasePeaks(count, weights, limit)
+        # Nothing else is pulled back there if the losses were, while decoding, or if nothing is decoded.
+        straight = can_stream(loaded.objective, backprop) or not loaded.objective.reads_pixels
+        peaks = PhasePeaks(count, weights, limit, "denoiser backward" if straight else "reward backward")
         if loaded.encoders:  # when the rest of the pipeline is not yet on the device
-            of_rewards = sum(size for name, size in resident.items() if name.startswith("reward "))
-            peaks.peaks["encoding prompts"] = Memory(loaded.encoders + of_rewards, 0)
+            peaks.peaks["encoding prompts"] = Memory(loaded.encoders + sum(of_terms.values()), 0)
         trainee = Trainee(
             pipe=loaded.pipe,
             call={**config.model.call, "num_inference_steps": config.gradient.last_steps + 1},
             objective=loaded.objective,
             steps=LastSteps(config.gradient.last_steps),
-            backprop=config.gradient.policy(),
+            backprop=backprop,
             batch_size=train.batch_size,
             phases=peaks,
             decode=_marking_the_backward_pass(peaks),
+            prediction=config.prediction.policy(),
         )
         statistics = {name: Statistics(0.0, 1.0, 1.0) for name in loaded.objective.terms}
         with suppress(TooLarge):
@@ -272,11 +286,16 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
                 nn.utils.clip_grad_norm_(loaded.parameters, train.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    return Figures(
-        resident,
-        peaks.peaks,
-        {name: reward.frames_per_chunk for name, reward in rewards.items() if isinstance(reward, FrameReward)},
-    )
+    chunks = {
+        f"{_SECTIONS[kind]}.{name}": part.frames_per_chunk
+        for (kind, name), part in terms.items()
+        if isinstance(part, FrameReward | FrameLoss)
+    }
+    return Figures(resident, peaks.peaks, chunks)
+
+
+def _sizes(parts: Mapping[str, Any]) -> dict[str, int]:
+    return {name: _bytes(part) for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _bytes(module: nn.Module) -> int:
@@ -297,19 +316,48 @@ def _marking_the_backward_pass(peaks: PhasePeaks) -> Callable[..., Tensor]:
 
 
 def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
-    size = config.train.micro_batch
+    size, call, videos, shape = config.train.micro_batch, config.model.call, {}, {}
+    if config.data.clips:
+        bucket = max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width)
+        shape = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+        videos = _videos(config, config.data.clips, bucket)
     return MicroBatch(
-        inputs=_inputs(pipe, config.model.call, size),
+        inputs=_inputs(pipe, {**call, **shape}, size) | shape,
         prompts=["a video"] * size,
         frame_seeds=list(range(size)),
-        weights={name: [1.0] * size for name in objective.terms},
+        weights=None if videos else {name: [1.0] * size for name in objective.terms},
+        seeds=list(range(size)),
+        videos=videos,
     )
+
+
+def _videos(config: Config, clips: Clips, bucket: Bucket) -> dict[str, Tensor]:
+    """Black clips, with values, because they become pictures where the pipeline's call takes them."""
+    prediction = config.prediction
+    roles = {"target", *clips.columns, *prediction.columns.values()} - {"caption"}
+    if prediction.mode == "one_step":
+        roles.add(prediction.source)
+    if clips.degradation is not None or clips.mask is not None:
+        roles.add("degraded")
+    if clips.mask is not None:
+        roles.add("mask")
+    return {
+        role: torch.zeros(
+            config.train.micro_batch,
+            1 if role == "image" else bucket.frames,
+            1 if role == "mask" else 3,
+            bucket.height,
+            bucket.width,
+        )
+        for role in sorted(roles)
+    }
 
 
 def _inputs(pipe: Any, call: dict[str, Any], size: int) -> dict[str, Any]:
     """What stands for prompts and images: embeddings of the shapes that the pipeline's own encoders give."""
     parameters = inspect.signature(type(pipe).__call__).parameters
-    inputs: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed) for seed in range(size)]}
+    generators = [torch.Generator().manual_seed(seed) for seed in range(size)]
+    inputs: dict[str, Any] = {"generator": generators if size > 1 else generators[0]}  # as of a run's batches
     if "image" in parameters:
         from PIL import Image
 

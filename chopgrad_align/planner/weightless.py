@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
-    """Within the context, the loaders of diffusers, transformers and open_clip read configurations and no weights.
+    """Within the context, the loaders of diffusers, transformers, open_clip and torchvision read no weights.
 
     They are replaced and not circumvented, so that the code that loads a run's pipeline and rewards is the run's own.
 
@@ -28,6 +28,7 @@ def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
     import open_clip
     from diffusers import ModelMixin
     from huggingface_hub import constants
+    from torchvision.models import WeightsEnum
     from transformers import PreTrainedModel
 
     with ExitStack() as stack:
@@ -35,6 +36,7 @@ def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
             (ModelMixin, "from_pretrained", classmethod(functools.partial(_of_diffusers, mode))),
             (PreTrainedModel, "from_pretrained", classmethod(functools.partial(_of_transformers, mode))),
             (open_clip, "create_model", functools.partial(_of_open_clip, mode, open_clip.create_model)),
+            (WeightsEnum, "get_state_dict", _of_torchvision),
             (nn.Module, "_apply", _apply),
             (constants, "HF_HUB_CACHE", str(hub)),
             (constants, "HF_HUB_OFFLINE", True),
@@ -68,6 +70,16 @@ def _of_open_clip(mode: FakeTensorMode, create_model: Callable[..., Any], name: 
         return create_model(name, **settings)
 
 
+def _of_torchvision(weights: Any, *_: Any, **__: Any) -> dict[str, Tensor]:
+    from torchvision.models import get_model, get_model_weights, list_models
+
+    name = next(name for name in list_models() if get_model_weights(name) is type(weights))
+    with torch.device("meta"):
+        shapes = get_model(name).state_dict()
+    # Real, and never written, so that the memory is not touched.
+    return {key: torch.empty_like(tensor, device="cpu") for key, tensor in shapes.items()}
+
+
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -78,15 +90,21 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+_apply_to_real = nn.Module._apply
+
+
 def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """`nn.Module._apply` swaps weights for others, which fake ones refuse; their data can be set."""
-    for tensor in (*self.parameters(recurse), *self.buffers(recurse)):
+    tensors = [*self.parameters(recurse), *self.buffers(recurse)]
+    if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return _apply_to_real(self, function, recurse)
+    for tensor in tensors:
         tensor.data = function(tensor.data)
     return self
 
 
 class Simulation(FakeTensorMode):
-    """Fake tensors; but operations of real tensors alone stay real, and so does what `torch.linspace` makes.
+    """Fake tensors; but operations of real tensors alone stay real, as do `torch.linspace` and a single random number.
 
     So the tables of a scheduler, time steps, guidance scales and token masks have values, which pipelines branch on;
     whatever a fake tensor takes part in is fake.
@@ -98,7 +116,8 @@ class Simulation(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if FakeTensor not in types:
             given = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
-            if given or func.overloadpacket is torch.ops.aten.linspace:
+            number = func.overloadpacket is torch.ops.aten.rand and list(args[0]) == []
+            if given or number or func.overloadpacket is torch.ops.aten.linspace:
                 with unset_fake_temporarily():
                     return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)

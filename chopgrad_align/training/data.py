@@ -100,8 +100,8 @@ class ClipData:
 
 
 def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
-    buckets = _buckets(config, clips)
-    if len(buckets) > 1 and config.validation.batch > 1:
+    shapes = buckets(config, clips)
+    if len(shapes) > 1 and config.validation.batch > 1:
         raise UsageError("clips of several buckets do not stack: set validation.batch=1")
     training = _rows(config.data.train, clips.split, clips)
     held_out = _rows(config.data.held_out, clips.held_out_split, clips)
@@ -113,9 +113,9 @@ def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
             "what is measured there is not held out"
         )
     data = ClipData(
-        _clips(config.data.train, training, clips, buckets),
-        _clips(config.data.held_out, held_out, clips, buckets),
-        buckets,
+        _clips(config.data.train, training, clips, shapes),
+        _clips(config.data.held_out, held_out, clips, shapes),
+        shapes,
     )
     _check_roles(config, config.data.train, data.training)
     _check_roles(config, config.data.held_out, data.held_out)
@@ -153,7 +153,7 @@ def held_out_clips(config: Config) -> Clips:
     if clips is None:
         raise UsageError("expected a config whose data are clips (data.clips)")
     rows = _rows(config.data.held_out, clips.held_out_split, clips)
-    return _clips(config.data.held_out, rows, clips, _buckets(config, clips))
+    return _clips(config.data.held_out, rows, clips, buckets(config, clips))
 
 
 def clip_encoder(config: Config) -> Encoder:
@@ -165,7 +165,12 @@ def clip_encoder(config: Config) -> Encoder:
     return Encoder(Cache(config.data.cache), frozenset({"target"} if made else {"target", "degraded"}))
 
 
-def _buckets(config: Config, clips: ClipsConfig) -> list[Bucket]:
+def buckets(config: Config, clips: ClipsConfig) -> list[Bucket]:
+    """The shapes that clips are cut to.
+
+    Raises:
+        UsageError: The config does not say.
+    """
     call = config.model.call
     missing = [key for key in ("num_frames", "height", "width") if key not in call]
     if not clips.buckets and missing:
