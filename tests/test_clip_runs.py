@@ -92,6 +92,14 @@ def test_a_pipeline_of_an_unknown_kind(configure, monkeypatch, mode):
         train(configure("prediction.mode=sample", "prediction.overlap=1", f"prediction.{mode}"))
 
 
+@pytest.mark.parametrize("key", ["train.micro_batch", "validation.batch"])
+def test_a_pipeline_that_takes_one_clip_a_call(configure, monkeypatch, key):
+    monkeypatch.setattr(loop, "load_objective", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(loop, "load_pipeline", lambda model: tiny_pipelines.wan_vace())
+    with pytest.raises(UsageError, match="WanVACEPipeline takes one clip a call"):
+        train(configure("prediction.mode=sample", "train.micro_batch=1", "validation.batch=1", f"{key}=2"))
+
+
 SAID = "data.held_out: {} clips are training clips too; what is measured there is not held out\n"
 
 

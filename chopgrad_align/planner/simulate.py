@@ -29,7 +29,7 @@ from ..training.config import Clips, Config
 from ..training.data import buckets
 from ..training.encoded_prompts import release_text_encoders, text_encoders
 from ..training.lora import add_lora, lora_config, lora_parameters
-from ..training.models import load_objective, load_pipeline
+from ..training.models import check_prediction, load_objective, load_pipeline
 from ..training.partial import decode_read
 from ..training.step import MicroBatch, Trainee
 from ..training.streaming import can_stream
@@ -210,6 +210,7 @@ class Loaded:
 def load(config: Config, new_weights: AbstractContextManager[Any]) -> Loaded:
     """Load what a run trains with, as the trainer does; `new_weights` is the context in which its LoRA is made."""
     pipe = load_pipeline(config.model)
+    check_prediction(pipe, config)
     check_call(pipe, config.model.call)
     objective = _objective(config)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)

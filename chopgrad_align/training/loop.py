@@ -27,8 +27,6 @@ from ..evaluation.report import write_report
 from ..evaluation.sheet import draw_samples
 from ..objective import Objective, Statistics, Term
 from ..prediction.columns import arguments
-from ..prediction.latents import known_family
-from ..prediction.one_call import path_of
 from ..reward import FrameReward, check_reward
 from ..rollout import check_call
 from ..steps import LastSteps
@@ -39,7 +37,7 @@ from .encoded_prompts import encode_prompts
 from .evaluate import evaluate, heldout_row
 from .folder import RunFolder, said_in_words
 from .lora import add_lora, load_lora_state, lora_config, lora_parameters, lora_state, save_lora
-from .models import check_model, load_objective, load_pipeline
+from .models import check_model, check_prediction, load_objective, load_pipeline
 from .phases import Phases
 from .prefetch import Prefetched
 from .step import Trainee
@@ -124,7 +122,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     if device.type == "cpu":
         torch.set_num_threads(config.run.threads or _share_of_the_cores())
     pipe = load_pipeline(config.model)
-    _check_prediction(pipe, config)
+    check_prediction(pipe, config)
     call = dict(config.model.call)
     for shape in data.shapes(call):
         check_call(pipe, {**shape, **config.prediction.columns})
@@ -344,13 +342,6 @@ def _share_of_the_cores() -> int:
 
 def _header(config: Config) -> str:
     return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
-
-
-def _check_prediction(pipe: Any, config: Config) -> None:
-    """Raise a UsageError if the prediction starts from a clip, and the pipeline is not known to."""
-    if config.prediction.mode != "sample":
-        path_of(pipe.scheduler)
-        known_family(pipe)
 
 
 def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any], device: torch.device) -> None:

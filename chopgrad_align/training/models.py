@@ -14,9 +14,11 @@ import torch
 from ..errors import UsageError
 from ..losses import load_loss
 from ..objective import LatentTerm, LossTerm, Objective, Term
+from ..prediction.latents import known_family
+from ..prediction.one_call import path_of
 from ..reward import load_reward
 from ..reward.loading import to_device
-from .config import Loss, Model, Reward
+from .config import Config, Loss, Model, Reward
 from .lora import fuse_lora, lora_file
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -79,6 +81,15 @@ def load_pipeline(model: Model) -> Any:
         pipe.scheduler = _scheduler(pipe, dict(model.scheduler))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_prediction(pipe: Any, config: Config) -> None:
+    """Raise a UsageError if the pipeline cannot predict as the config says."""
+    if config.prediction.mode != "sample":
+        path_of(pipe.scheduler)
+        known_family(pipe)
+    if type(pipe).__name__ == "WanVACEPipeline" and max(config.train.micro_batch, config.validation.batch) > 1:
+        raise UsageError("WanVACEPipeline takes one clip a call: set train.micro_batch=1 and validation.batch=1")
 
 
 def _scheduler(pipe: Any, settings: dict[str, Any]) -> Any:
