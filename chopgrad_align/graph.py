@@ -92,10 +92,17 @@ class RowGraphs:
     """
 
     def __init__(
-        self, block: Local, hidden: Hidden, cache: Cache, recording: Recording, through_cache: bool, rows: int
+        self,
+        block: Local,
+        hidden: Hidden,
+        cache: Cache,
+        recording: Recording,
+        through_cache: bool,
+        rows: int,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self._block, self._hidden, self._cache = block, hidden, cache
-        self._recording, self._through_cache = recording, through_cache
+        self._recording, self._through_cache, self._meanwhile = recording, through_cache, meanwhile
         self._step = max(1, rows // block.scale)
 
     def pull(self, output: Cotangents, after: Cotangents, weights: Sequence[Tensor], again: bool = False) -> Pulled:
@@ -122,6 +129,8 @@ class RowGraphs:
                 if total is not None and part is not None:
                     _rows(total, slice(first, last)).add_(part)
             total_weights = [plus(a, b) for a, b in zip(total_weights, pulled.weights, strict=True)]
+            if start <= x.shape[-2] // 2 < stop:
+                self._meanwhile()
         return Pulled([total_x, *output[1:]], total_cache, total_weights)
 
 

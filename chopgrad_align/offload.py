@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .memory import on_host
 
-_LEAVING = 4
-"""What so many calls put away may be on its way out: the input and the cache of the block at hand and of the last."""
+_LEAVING = 1
+"""What so many calls put away may be on its way out while the device computes: of the block before."""
 
 _SMALLEST_PIECE = 2**20
 """Bytes of pinned memory; what is rounded up is less than this for each tensor."""
@@ -62,7 +62,7 @@ class Device(Place):
 
 
 class Host(Place):
-    """In host memory; without CUDA this copies as well, in the same order, so that it counts and tests the same."""
+    """In host memory; without CUDA this copies and holds in the same order, so that it counts and tests the same."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -78,10 +78,9 @@ class Host(Place):
             for host, tensor in zip(hosts, tensors, strict=True):
                 for piece, part in host.pieces_of(tensor):
                     piece.copy_(part, non_blocking=self._stream is not None)
-        if self._stream is not None:
-            # Held until they are copied; and the CPU waits, or it would run ahead of the copies and nothing be freed.
-            self._leaving.append((self._stream.record_event(), tensors))
-            self._wait(_LEAVING)
+        # Held until they are copied; and the CPU waits, or it would run ahead of the copies and nothing be freed.
+        self._leaving.append((None if self._stream is None else self._stream.record_event(), tensors))
+        self._wait(_LEAVING)
         in_order = iter(hosts)
         return _Stored([next(in_order) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
@@ -112,7 +111,9 @@ class Host(Place):
 
     def _wait(self, most: int) -> None:
         while len(self._leaving) > most:
-            self._leaving.popleft()[0].synchronize()
+            copied = self._leaving.popleft()[0]
+            if copied is not None:
+                copied.synchronize()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:

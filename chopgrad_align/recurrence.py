@@ -70,8 +70,8 @@ class Recurrence:
         needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(self.weights))
         if self.replay is None or not needs_gradient:
             return self.forward(hidden)
-        if self.local and self.readout is not None and hidden.dtype is not torch.float16:
-            # In half precision a cotangent would underflow that is taken before the loss is scaled.
+        if self.local and self.readout is not None and not _in_float16(hidden):
+            # In float16 a cotangent would underflow that is taken before the loss is scaled.
             return _Fused.apply(self, hidden, *self.weights)
         return _Replayed.apply(self, hidden, *self.weights)
 
@@ -202,7 +202,8 @@ class Recurrence:
                 cache = self.place.get(caches[number])
                 self.place.fetch(*caches[number + 1 : number + 2])
                 if number == last and not self._by_rows(unit, state):  # it need not run twice
-                    graph = self._graph(unit, state, cache, None, gradient.needs_hidden or number > 0, carry)
+                    through_hidden = gradient.needs_hidden or number > 0
+                    graph = self._graph(unit, state, cache, None, through_hidden, carry)
                     assert isinstance(graph, Graph)
                     state, cache = graph.output, graph.after
                 else:
@@ -226,10 +227,9 @@ class Recurrence:
         for number in range(last, -1, -1):
             if graph is None:
                 state, cache = self.place.get(given.pop()), self.place.get(caches[number])
-                self.place.fetch(*given[-1:], *caches[number - 1 : number])
-                graph = self._graph(
-                    units[number], state, cache, conditions[number], gradient.needs_hidden or number > 0, carry
-                )
+                meanwhile = partial(self._turn_round, [*given[-1:], *caches[max(0, number - 1) : number]])
+                through_hidden = gradient.needs_hidden or number > 0
+                graph = self._graph(units[number], state, cache, conditions[number], through_hidden, carry, meanwhile)
                 del state, cache
             for turn, (_, after) in enumerate(pulls):
                 of_after = self.place.get(after[number]) if after else []
@@ -246,6 +246,14 @@ class Recurrence:
         return result, [units_before[::-1] for units_before in before], after_group
 
     # --- small parts ---
+
+    def _turn_round(self, stored: list[Any]) -> None:
+        """In the first half of a unit's work, what the one before left behind moves out; then the next one's moves in.
+
+        Not both at a time: that would be what the peak is made of.
+        """
+        self.place.settle()
+        self.place.fetch(*stored)
 
     def _at(self, span: slice) -> tuple[slice, ...]:
         return (*(slice(None),) * self.decoder.time_axis, span)
@@ -268,17 +276,29 @@ class Recurrence:
         return rows is not None and isinstance(unit, Local) and state[0].shape[-2] * unit.scale > rows
 
     def _graph(
-        self, unit: Block, state: Hidden, cache: Cache, conditions: Conditions | None, through_hidden: bool, carry: bool
+        self,
+        unit: Block,
+        state: Hidden,
+        cache: Cache,
+        conditions: Conditions | None,
+        through_hidden: bool,
+        carry: bool,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Graph | RowGraphs:
-        """A unit with a graph, under the conditions of its run before; None: those of the moment are the same."""
+        """A unit with a graph, under the conditions of its run before; None: those of the moment are the same.
+
+        `meanwhile` is called in the middle of its work.
+        """
         assert self.replay is not None
         lean = Lean(self.decoder.stable) if self.replay.lean else nullcontext()
         recording = partial(_recording, conditions, lean)
         if self._by_rows(unit, state):
             assert isinstance(unit, Local)
             assert self.replay.rows is not None
-            return RowGraphs(unit, state, cache, recording, carry, self.replay.rows)
-        return Graph(unit, state, cache, recording, through_hidden, carry)
+            return RowGraphs(unit, state, cache, recording, carry, self.replay.rows, meanwhile)
+        graph = Graph(unit, state, cache, recording, through_hidden, carry)
+        meanwhile()
+        return graph
 
 
 def _in_turn(blocks: Sequence[Block]) -> Block:
@@ -298,6 +318,12 @@ def _in_turn(blocks: Sequence[Block]) -> Block:
 def _recording(conditions: Conditions | None, lean: AbstractContextManager[Any]) -> Iterator[None]:
     with conditions.again() if conditions else nullcontext(), lean:
         yield
+
+
+def _in_float16(hidden: Tensor) -> bool:
+    kind = hidden.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.float16 in (hidden.dtype, autocast)
 
 
 class _Gradient:
@@ -354,6 +380,7 @@ class _Replayed(torch.autograd.Function):
         # The caches are let go group by group, unless this graph is to be used again.
         kept = dict(ctx.kept) if torch._C._autograd._get_current_graph_task_keep_graph() else ctx.kept
         total = recurrence.backward(hidden, kept, cotangents)
+        recurrence.place.settle()
         return None, total.hidden, *total.weights
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a video diffusion pipeline by rewards on its decoded pixels.
+"""Fine-tune a video diffusion pipeline by rewards and losses on its decoded pixels.
 
 accelerate launch scripts/align.py                                              # the embedded pipeline
 accelerate launch scripts/align.py --config configs/wan2.1_t2v_1.3b_hps.yaml train.steps=500
@@ -16,8 +16,13 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in run.folder from its last checkpoint")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="load and check everything, and stop before sampling")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args = parser.parse_args()
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="a key of the config; '~key' leaves one out; keys: chopgrad_align/training/config.py",
+    )
+    args = parser.parse_intermixed_args()
     with exit_on_usage_error():
         from chopgrad_align.training.config import load_config, to_yaml
 

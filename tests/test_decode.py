@@ -389,6 +389,21 @@ def test_a_scaled_loss_of_half_precision_does_not_underflow(backprop):
     assert relative_error(found.float(), expected.float()) < 2e-2
 
 
+def test_a_scaled_loss_under_autocast_to_float16_does_not_underflow():
+    vae = tiny_vaes.cogvideox_vae()  # whose latents stay float32
+    latents = torch.randn(1, 4, 3, 4, 4, requires_grad=True)
+    scale = 2.0**16
+
+    def tiny(pixels, frames=None):
+        return pixels.float().square().sum() / 1e9
+
+    with torch.autocast("cpu", torch.float16):
+        whole, streamed = decode(vae, latents, Truncated(0)), decode_loss(vae, latents, tiny, Truncated(0))
+    expected, found = gradient(scale * tiny(whole), latents), gradient(scale * streamed, latents)
+    assert expected.abs().max() > 0
+    assert relative_error(found, expected) < 2e-2
+
+
 def test_bfloat16_stays_bfloat16():
     vae = tiny_vaes.wan_vae().bfloat16()
     latents = torch.randn(1, 4, 3, 4, 4).bfloat16().requires_grad_()

@@ -187,7 +187,18 @@ def test_the_copies_of_another_stream(backprop, monkeypatch):
     assert torch.equal(gradient(weighted(pixels), latents), expected)
     assert stream.waited > 0
     assert stream.recorded > stream.waited
-    assert all(len(place._leaving) <= 4 and not place._fetched for place in places)
+    assert not any(place._leaving or place._fetched for place in places)
+
+
+def test_what_is_on_its_way_out_is_held_and_counts_without_cuda_too():
+    place = Host(torch.device("cpu"))
+    with StorageCount() as count:
+        for _ in range(5):
+            place.put(torch.zeros(1000))
+        assert count.now == 4000  # the last one
+        assert count.peak == 8000  # and the next one, which was made meanwhile
+        place.settle()
+        assert count.now == 0
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
