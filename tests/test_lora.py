@@ -11,12 +11,15 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
+from chopgrad_align import LastSteps, rollout
 from chopgrad_align.errors import UsageError
+from chopgrad_align.training import lora
 from chopgrad_align.training.batches import call_inputs
 from chopgrad_align.training.loop import train
-from chopgrad_align.training.lora import load_lora
+from chopgrad_align.training.lora import add_lora, load_lora, lora_config, lora_parameters
 from chopgrad_align.training.models import check_model, load_pipeline
 
+SMALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0}
 CALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -59,15 +62,15 @@ def by_diffusers(folder, name, scale=1.0):
 
 
 @pytest.mark.parametrize(
-    ("lora", "scale"),
+    ("source", "scale"),
     [
         ("name: {}/lora", 1.0),
         ("name: {}/lora, scale: 0.5", 0.5),
         ("name: {}/several, file: four_steps.safetensors", 1.0),
     ],
 )
-def test_a_fused_lora_is_the_lora_and_leaves_plain_weights(folder, lora, scale):
-    settings = model(folder, "wan", f"model.loras=[{{{lora.format(folder)}}}]")
+def test_a_fused_lora_is_the_lora_and_leaves_plain_weights(folder, source, scale):
+    settings = model(folder, "wan", f"model.loras=[{{{source.format(folder)}}}]")
     check_model(settings)
     pipe = load_pipeline(settings)
     assert not any(isinstance(module, BaseTunerLayer) for module in pipe.transformer.modules())
@@ -129,15 +132,15 @@ def test_the_scale_of_a_lora_interpolates(make, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lora", "message"),
+    ("source", "message"),
     [
         ("{name: nowhere}", r"model\.loras\[0\]\.name: there is no folder or file nowhere; give one, or a hub id"),
         ("{name: FOLDER/wan}", "there are no LoRA weights FOLDER/wan/pytorch_lora_weights.safetensors"),
         ("{name: FOLDER/lora, file: a.safetensors}", "there are no LoRA weights FOLDER/lora/a.safetensors"),
     ],
 )
-def test_what_is_missing_is_said_before_anything_is_loaded(folder, lora, message):
-    settings = model(folder, "wan", f"model.loras=[{lora.replace('FOLDER', str(folder))}]")
+def test_what_is_missing_is_said_before_anything_is_loaded(folder, source, message):
+    settings = model(folder, "wan", f"model.loras=[{source.replace('FOLDER', str(folder))}]")
     with pytest.raises(UsageError, match=message.replace("FOLDER", str(folder))):
         check_model(settings)
 
@@ -153,3 +156,60 @@ def test_a_lora_of_another_model(folder, tmp_path):
     tiny_pipelines.svd().save_pretrained(tmp_path / "svd")
     with pytest.raises(UsageError, match="diffusers has no loader"):
         load_pipeline(model(tmp_path, "svd", f"model.loras=[{{name: {folder}/lora}}]"))
+
+
+# --- float32 on a denoiser of lower precision ---
+
+
+def with_lora(kept, dropout=0.0):
+    """A tiny transformer in bfloat16 with a float32 LoRA whose two factors are random."""
+    pipe = tiny_pipelines.wan_t2v()
+    pipe.transformer.bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        if kept:
+            patch.setattr(lora, "keep_inputs_as_they_are", lambda denoiser: None)
+        parameters = lora_parameters(add_lora(pipe, lora_config(2, None, tiny_pipelines.TARGETS, dropout)))
+    torch.manual_seed(1)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.1)
+    return pipe, parameters
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inputs_that_are_kept_as_they_are_change_no_bit(autocast):
+    found = []
+    for kept in (True, False):
+        pipe, parameters = with_lora(kept)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            video = rollout(pipe, LastSteps(2), prompt="a star", generator=torch.Generator().manual_seed(0), **SMALL)
+        found.append([video.detach(), *torch.autograd.grad(video.square().sum(), parameters)])
+    for copied, own in zip(*found, strict=True):
+        assert torch.equal(copied, own)
+
+
+def test_layers_of_one_input_keep_it_once():
+    x = torch.randn(1, 64, 24).bfloat16()
+
+    def kept(copied):
+        pipe, _ = with_lora(copied)
+        attention = pipe.transformer.blocks[0].attn1
+        sizes = {}
+
+        def save(tensor):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            outputs = [layer(x) for layer in (attention.to_q, attention.to_k, attention.to_v)]
+        assert all(output.requires_grad for output in outputs)
+        weights = {p.untyped_storage()._cdata for p in pipe.transformer.parameters()}
+        return sum(size for key, size in sizes.items() if key not in weights)
+
+    whole = x.untyped_storage().nbytes()
+    assert kept(copied=True) > 6 * whole  # three float32 copies
+    assert kept(copied=False) < 2 * whole
+
+
+def test_dropout_is_left_to_peft():
+    pipe, _ = with_lora(kept=False, dropout=0.5)
+    assert pipe.transformer.blocks[0].attn1.to_q.cast_input_dtype_enabled

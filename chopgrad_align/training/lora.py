@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .lean_lora import keep_inputs_as_they_are
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_config"
@@ -42,6 +43,7 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        keep_inputs_as_they_are(denoiser)
     return denoisers
 
 
