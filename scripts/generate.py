@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -89,6 +90,8 @@ def generate(args: argparse.Namespace) -> None:
         check_pipeline(model, "--model")
     adapter = args.run / "lora" if config else args.lora
     lora = lora_file(adapter) if adapter else None
+    if args.lora_scale is not None and not math.isfinite(args.lora_scale):
+        raise UsageError(f"--lora-scale {args.lora_scale}: expected a number, such as 0.6")
     if args.lora_scale is not None and lora is None:
         raise UsageError(f"--lora-scale {args.lora_scale}: there is no LoRA; give --run or --lora too")
 

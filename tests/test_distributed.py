@@ -76,6 +76,22 @@ def config(tmp_path_factory):
     return path
 
 
+def test_what_no_process_has_a_gradient_of_keeps_none():
+    here, there, nowhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    here.grad, others = torch.tensor([1.0, 2.0]), iter([torch.tensor([1.0, 1.0, 0.0]), torch.tensor([3.0, 4, 5, 6])])
+
+    class Two:
+        num_processes, device = 2, torch.device("cpu")
+
+        def reduce(self, own, kind):
+            return own + next(others)
+
+    loop._sum_gradients([here, there, nowhere], Two())
+    assert here.grad.tolist() == [4, 6]
+    assert there.grad.tolist() == [5, 6]
+    assert nowhere.grad is None
+
+
 def test_two_processes_compute_what_one_does(config, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)

@@ -51,6 +51,14 @@ def test_models_that_wait_on_the_cpu_are_not_run(name, monkeypatch):
     assert encode_prompts(pipe, call_of(name, **given), PROMPTS, Cache(), CPU)
 
 
+def test_a_model_between_prompts_and_latents_is_not_run(monkeypatch):
+    """As LTX-2's connectors."""
+    pipe = tiny_pipelines.wan_t2v()
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *args, **kwargs: pytest.fail("it is not on the device"))
+    monkeypatch.setattr(pipe.scheduler, "set_timesteps", lambda *args, **kwargs: pipe.transformer(None))
+    assert encode_prompts(pipe, call_of("wan_t2v"), PROMPTS, Cache(), CPU)
+
+
 def test_a_second_run_reads_what_the_first_one_left(tmp_path):
     frame_sets = []
     for hits, misses in ((2, 2), (4, 0)):  # the first prompt is met three times: twice as the call is looked at

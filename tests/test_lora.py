@@ -70,7 +70,7 @@ def by_diffusers(folder, name, scale=1.0):
     ],
 )
 def test_a_fused_lora_is_the_lora_and_leaves_plain_weights(folder, source, scale):
-    settings = model(folder, "wan", f"model.loras=[{{{source.format(folder)}}}]")
+    settings = model(folder, "wan", f"model.loras={{own: {{{source.format(folder)}}}}}")
     check_model(settings)
     pipe = load_pipeline(settings)
     assert not any(isinstance(module, BaseTunerLayer) for module in pipe.transformer.modules())
@@ -81,22 +81,22 @@ def test_a_fused_lora_is_the_lora_and_leaves_plain_weights(folder, source, scale
 
 def test_several_are_fused_one_after_the_other(folder):
     one = f"{{name: {folder}/lora, scale: 0.5}}"
-    twice = latents(load_pipeline(model(folder, "wan", f"model.loras=[{one},{one}]")))
+    twice = latents(load_pipeline(model(folder, "wan", f"model.loras={{a: {one}, b: {one}}}")))
     torch.testing.assert_close(twice, by_diffusers(folder, "wan"), rtol=1e-4, atol=1e-4)
 
 
 def test_the_second_transformer_has_loras_of_its_own(folder):
     first, second = f"{{name: {folder}/lora}}", f"{{name: {folder}/lora, second: true}}"
-    found = latents(load_pipeline(model(folder, "pair", f"model.loras=[{first},{second}]")))
+    found = latents(load_pipeline(model(folder, "pair", f"model.loras={{a: {first}, b: {second}}}")))
     torch.testing.assert_close(found, by_diffusers(folder, "pair"), rtol=1e-4, atol=1e-4)
-    alone = latents(load_pipeline(model(folder, "pair", f"model.loras=[{first}]")))
+    alone = latents(load_pipeline(model(folder, "pair", f"model.loras={{a: {first}}}")))
     assert (found - alone).abs().max() > 0.01
 
 
 def test_a_run_on_top_of_another_starts_where_that_one_ended(folder, tmp_path):
     first = tiny_runs.config(tmp_path, folder / "wan", "run.folder=" + str(tmp_path / "first"))
     train(first)
-    second = tiny_runs.config(tmp_path, folder / "wan", f"model.loras=[{{name: {tmp_path}/first/lora}}]")
+    second = tiny_runs.config(tmp_path, folder / "wan", f"model.loras.first.name={tmp_path}/first/lora")
     train(second)
     ended, began = (json.loads((tmp_path / name / "heldout.json").read_text()) for name in ("first", "run"))
     assert began["before"] == pytest.approx(ended["after"], abs=1e-5)
@@ -134,28 +134,47 @@ def test_the_scale_of_a_lora_interpolates(make, folder, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{name: nowhere}", r"model\.loras\[0\]\.name: there is no folder or file nowhere; give one, or a hub id"),
+        ("{name: nowhere}", r"model\.loras\.own\.name: there is no folder or file nowhere; give one, or a hub id"),
         ("{name: FOLDER/wan}", "there are no LoRA weights FOLDER/wan/pytorch_lora_weights.safetensors"),
         ("{name: FOLDER/lora, file: a.safetensors}", "there are no LoRA weights FOLDER/lora/a.safetensors"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_loaded(folder, source, message):
-    settings = model(folder, "wan", f"model.loras=[{source.replace('FOLDER', str(folder))}]")
+    settings = model(folder, "wan", f"model.loras.own={source.replace('FOLDER', str(folder))}")
     with pytest.raises(UsageError, match=message.replace("FOLDER", str(folder))):
         check_model(settings)
 
 
-def test_a_lora_of_another_model(folder, tmp_path):
+def test_the_second_transformers_lora_of_a_run_is_in_its_folder(folder, tmp_path):
+    config = tiny_runs.config(tmp_path, folder / "pair", "gradient.last_steps=3", "train.learning_rate=0.1")
+    train(config)
+    name = f"name: {tmp_path}/run/lora"
+    both = latents(load_pipeline(model(folder, "pair", f"model.loras.own={{{name}}}")))
+    second = load_pipeline(model(folder, "pair", f"model.loras.own={{{name}, second: true}}"))
+    assert (latents(second) - both).abs().max() > 1e-4
+    base = DiffusionPipeline.from_pretrained(folder / "pair")
+    loaded = load_pipeline(model(folder, "pair", f"model.loras.own={{{name}}}"))
+    for key, weight in second.transformer_2.state_dict().items():
+        assert torch.equal(weight, loaded.transformer_2.state_dict()[key])
+    for key, weight in second.transformer.state_dict().items():
+        assert torch.equal(weight, base.transformer.state_dict()[key])
+
+
+def test_a_lora_of_another_model(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     from safetensors.torch import save_file
 
     save_file({"unet.down.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(UsageError, match=r"other\.safetensors cannot be loaded into WanPipeline"):
-        load_pipeline(model(folder, "wan", f"model.loras=[{{name: {tmp_path}/other.safetensors}}]"))
+        load_pipeline(model(folder, "wan", f"model.loras.own.name={tmp_path}/other.safetensors"))
     with pytest.raises(UsageError, match="cannot be loaded into WanPipeline"):
-        load_pipeline(model(folder, "wan", f"model.loras=[{{name: {folder}/lora, second: true}}]"))
+        load_pipeline(model(folder, "wan", f"model.loras.own={{name: {folder}/lora, second: true}}"))
+    with pytest.raises(UsageError, match=r"^the LoRA a/b cannot be loaded into WanPipeline.*\(") as raised:
+        load_pipeline(model(folder, "wan", "model.loras.own.name=a/b"))
+    assert str(raised.value).count("cannot be loaded") == 1
     tiny_pipelines.svd().save_pretrained(tmp_path / "svd")
     with pytest.raises(UsageError, match="diffusers has no loader"):
-        load_pipeline(model(tmp_path, "svd", f"model.loras=[{{name: {folder}/lora}}]"))
+        load_pipeline(model(tmp_path, "svd", f"model.loras.own.name={folder}/lora"))
 
 
 # --- float32 on a denoiser of lower precision ---

@@ -114,7 +114,7 @@ def test_simulated_figures_of_clips_are_those_of_a_real_step_exactly(folder, mod
 def test_clips_are_of_the_largest_bucket_and_have_the_roles_that_the_config_names(folder):
     overrides = ["data.clips.buckets=[[5,16,16],[9,16,32]]", "data.clips.mask={name: boxes}", "train.micro_batch=2"]
     columns = ["data.clips.columns={target: a, caption: b, control: c}", "prediction.columns={image: image}"]
-    videos = simulate.load(run(folder, "wan_t2v", *L1, *overrides, *columns), nullcontext()).batch.videos
+    videos = simulate.load(run(folder, "wan_i2v", *L1, *overrides, *columns), nullcontext()).batch.videos
     assert {role: tuple(video.shape) for role, video in videos.items()} == {
         "control": (2, 9, 3, 16, 32),
         "degraded": (2, 9, 3, 16, 32),
@@ -122,6 +122,33 @@ def test_clips_are_of_the_largest_bucket_and_have_the_roles_that_the_config_name
         "mask": (2, 9, 1, 16, 32),
         "target": (2, 9, 3, 16, 32),
     }
+
+
+def test_arguments_that_the_pipeline_does_not_take(folder):
+    with pytest.raises(UsageError, match="WanPipeline takes no argument 'nothing'"):
+        simulate.simulate(run(folder, "wan_t2v", *L1, "data.clips={}", "prediction.columns={nothing: target}"))
+
+
+def test_losses_that_are_streamed_have_a_lever_where_they_are_taken(folder):
+    """By the chunk of a loss of single frames, in the phase in which it is read."""
+    one_step = ["prediction.mode=one_step", "data.clips.degradation={name: blur}", "gradient.decoder=truncated"]
+    config = run(folder, "wan_t2v", *L1, *one_step)
+    (lever,) = (lever for lever in choose.levers(config, {"losses.l1": 8}) if lever.rungs[0] == {})
+    assert lever.phases == ("decoding", "reward", "reward backward")
+    assert [rung["losses.l1.args.frames_per_chunk"] for rung in lever.rungs[1:]] == [4, 2, 1]
+
+
+def test_a_loss_without_an_argument_for_its_chunk_is_no_lever(folder, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from chopgrad_align.losses.protocol import FrameLoss\n\n\n"
+        "class Own(FrameLoss):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(frames_per_chunk=8)\n\n"
+        "    def error(self, frames, target):\n"
+        "        return (frames - target).abs().mean(1)\n"
+    )
+    losses = ["losses.l1.args={frames_per_chunk: 3}", f"losses.own.name={tmp_path}/own.py:Own", "data.clips={}"]
+    assert counted(run(folder, "wan_t2v", *L1, *losses)).chunks == {"losses.l1": 3}
 
 
 @pytest.mark.parametrize(("model", "size"), [("wan_i2v", (832, 480)), ("svd", (1024, 576))])

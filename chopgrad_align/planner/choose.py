@@ -85,7 +85,9 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
         found.append(Lever(alive, [{"gradient.cache": place} for place in ("device", "host")]))
     smaller = [n for n in (4, 2, 1) if any(n < size for size in chunks.values())]
     rungs = [{f"{place}.args.frames_per_chunk": min(n, size) for place, size in chunks.items()} for n in smaller]
-    return [*found, Lever(("reward", "reward backward"), [{}, *rungs])]
+    one_pass = config.gradient.decoder == "truncated" and config.gradient.distance == 0
+    streamed = ("decoding",) if one_pass else ()  # losses of single frames are then taken there
+    return [*found, Lever((*streamed, "reward", "reward backward"), [{}, *rungs])]
 
 
 def make_plan(

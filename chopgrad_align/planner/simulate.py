@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backprop import Backprop
-from ..data.buckets import Bucket
 from ..errors import UsageError
 from ..losses.protocol import FrameLoss
 from ..memory import StorageCount
@@ -34,7 +33,7 @@ from ..training.partial import decode_read
 from ..training.step import MicroBatch, Trainee
 from ..training.streaming import can_stream
 from .stand_ins import known_models, write_hub, write_pipeline
-from .weightless import Simulation, simulated, weightless
+from .weightless import Simulation, make_weightless, simulated, weightless
 
 _SECTIONS = {"reward": "rewards", "loss": "losses"}
 """Of a config, by the kind of a term."""
@@ -169,8 +168,9 @@ def simulate(config: Config, limit: float = math.inf) -> Figures:
             name = str(folder)
         with weightless(mode, hub):
             # Fused LoRAs change no shape.
-            config = replace(config, model=replace(config.model, name=name, loras=[]))  # type: ignore[type-var]
+            config = replace(config, model=replace(config.model, name=name, loras={}))  # type: ignore[type-var]
             loaded = load(config, mode)
+            make_weightless(mode, loaded.objective)
             with simulated(mode, loaded.pipe.scheduler), _refusals(loaded.pipe):
                 return one_step(config, loaded, limit)
 
@@ -211,7 +211,8 @@ def load(config: Config, new_weights: AbstractContextManager[Any]) -> Loaded:
     """Load what a run trains with, as the trainer does; `new_weights` is the context in which its LoRA is made."""
     pipe = load_pipeline(config.model)
     check_prediction(pipe, config)
-    check_call(pipe, config.model.call)
+    shape = _shape(config)
+    check_call(pipe, {**config.model.call, **shape, **config.prediction.columns})
     objective = _objective(config)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     with new_weights:
@@ -234,7 +235,7 @@ def _objective(config: Config) -> Objective:
         if isinstance(error.__cause__, OSError):  # a file that is not there, or not on the hub
             raise UsageError(
                 f"{error} The planner downloads nothing: it has the shapes of the default checkpoints of "
-                "aesthetic, hps_v2 and pick_score; give the others as local files"
+                "aesthetic, clip_score, hps_v2 and pick_score; give the others as local files"
             ) from error
         raise
 
@@ -290,7 +291,7 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
     chunks = {
         f"{_SECTIONS[kind]}.{name}": part.frames_per_chunk
         for (kind, name), part in terms.items()
-        if isinstance(part, FrameReward | FrameLoss)
+        if isinstance(part, FrameReward | FrameLoss) and "frames_per_chunk" in inspect.signature(type(part)).parameters
     }
     return Figures(resident, peaks.peaks, chunks)
 
@@ -317,13 +318,10 @@ def _marking_the_backward_pass(peaks: PhasePeaks) -> Callable[..., Tensor]:
 
 
 def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
-    size, call, videos, shape = config.train.micro_batch, config.model.call, {}, {}
-    if config.data.clips:
-        bucket = max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width)
-        shape = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
-        videos = _videos(config, config.data.clips, bucket)
+    size, shape = config.train.micro_batch, _shape(config)
+    videos = _videos(config, config.data.clips, *shape.values()) if config.data.clips else {}
     return MicroBatch(
-        inputs=_inputs(pipe, {**call, **shape}, size) | shape,
+        inputs=_inputs(pipe, {**config.model.call, **shape}, size) | shape,
         prompts=["a video"] * size,
         frame_seeds=list(range(size)),
         weights=None if videos else {name: [1.0] * size for name in objective.terms},
@@ -332,7 +330,15 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     )
 
 
-def _videos(config: Config, clips: Clips, bucket: Bucket) -> dict[str, Tensor]:
+def _shape(config: Config) -> dict[str, int]:
+    """Of the pipeline's call, for clips of the largest bucket; empty for prompts."""
+    if config.data.clips is None:
+        return {}
+    bucket = max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width)
+    return {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+
+
+def _videos(config: Config, clips: Clips, frames: int, height: int, width: int) -> dict[str, Tensor]:
     """Black clips, with values, because they become pictures where the pipeline's call takes them."""
     prediction = config.prediction
     roles = {"target", *clips.columns, *prediction.columns.values()} - {"caption"}
@@ -345,10 +351,10 @@ def _videos(config: Config, clips: Clips, bucket: Bucket) -> dict[str, Tensor]:
     return {
         role: torch.zeros(
             config.train.micro_batch,
-            1 if role == "image" else bucket.frames,
+            1 if role == "image" else frames,
             1 if role == "mask" else 3,
-            bucket.height,
-            bucket.width,
+            height,
+            width,
         )
         for role in sorted(roles)
     }

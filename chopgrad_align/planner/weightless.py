@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
+from ..objective import Objective
+
 
 @contextmanager
 def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
@@ -78,6 +80,17 @@ def _of_torchvision(weights: Any, *_: Any, **__: Any) -> dict[str, Tensor]:
         shapes = get_model(name).state_dict()
     # Real, and never written, so that the memory is not touched.
     return {key: torch.empty_like(tensor, device="cpu") for key, tensor in shapes.items()}
+
+
+def make_weightless(mode: FakeTensorMode, objective: Objective) -> None:
+    """Make the weights fake that a reward or a loss made or read by itself, lest its network really run."""
+    for term in objective.terms.values():
+        part = getattr(term, term.kind, None)
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            for name, weight in module.named_parameters(recurse=False):
+                if not isinstance(weight, FakeTensor):
+                    fake = nn.Parameter(mode.from_tensor(weight.data), requires_grad=weight.requires_grad)
+                    setattr(module, name, fake)
 
 
 @contextmanager

@@ -63,8 +63,8 @@ class Model:
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     variant: str | None = None
     """Of the weight files, such as fp16."""
-    loras: list[FusedLora] = field(default_factory=list)
-    """Fused into the weights as these are loaded: of few-step distillation, or of an earlier run."""
+    loras: dict[str, FusedLora] = field(default_factory=dict)
+    """Fused into the weights as these are loaded, in order: of few-step distillation, or of an earlier run."""
     scheduler: dict[str, Any] = field(default_factory=dict)
     """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone."""
     call: dict[str, Any] = field(default_factory=dict)

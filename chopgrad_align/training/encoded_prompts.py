@@ -182,10 +182,15 @@ def _name_of_dtype(value: Any) -> str:
 
 @contextmanager
 def _leaving_after_prompts(pipe: Any) -> Iterator[None]:
+    """Within the context, a call ends before any other model runs, which waits on the CPU."""
+
     def leave(*args: Any, **kwargs: Any) -> None:
         raise _PromptsAreDone
 
     with ExitStack() as stack:
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module) and name not in text_encoders(pipe):
+                stack.callback(part.register_forward_pre_hook(leave).remove)
         for owner, method in ((pipe, "prepare_latents"), (pipe, "encode_image"), (pipe.vae, "encode")):
             if hasattr(owner, method):
                 stack.enter_context(mock.patch.object(owner, method, leave))

@@ -361,12 +361,13 @@ def _check_rewards(objective: Objective, prompts: list[str], call: dict[str, Any
 
 
 def _sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Over the processes; what no process has a gradient of keeps none, so that weight decay leaves it alone too."""
     if accelerator.num_processes == 1:
         return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-    flat = accelerator.reduce(flat, "sum")
+    reached = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
+    somewhere = accelerator.reduce(reached, "sum").tolist()
+    parameters = [parameter for parameter, count in zip(parameters, somewhere, strict=True) if count]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
     for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)

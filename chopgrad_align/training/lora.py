@@ -166,12 +166,15 @@ def fuse_lora(pipe: Any, name: str, file: str | None = None, scale: float = 1.0,
     with _fitting(pipe, name):
         if not hasattr(pipe, "load_lora_weights"):
             raise ValueError("diffusers has no loader for LoRAs on this pipeline")
-        if Path(name).exists() and not second:
-            load_lora(pipe, Path(name, file or ""))
+        path = Path(name, file or "")
+        if second and (path / _SECOND).is_dir():
+            path = path / _SECOND  # a run's, which has those of both
+        if not path.exists():
+            _load(pipe, name, file, second=second)
+        elif second:
+            _load(pipe, str(lora_file(path).parent), lora_file(path).name, second=True)
         else:
-            path = lora_file(Path(name, file or "")) if Path(name).exists() else None
-            source, weights = (str(path.parent), path.name) if path else (name, file)
-            _load(pipe, source, weights, second=second)
+            load_lora(pipe, path)
         parts = [part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None]
         pipe.fuse_lora(components=parts, lora_scale=scale)
         pipe.unload_lora_weights()
@@ -179,8 +182,9 @@ def fuse_lora(pipe: Any, name: str, file: str | None = None, scale: float = 1.0,
 
 def _load(pipe: Any, folder: str, file: str | None, adapter: str | None = None, second: bool = False) -> None:
     into = {"load_into_transformer_2": True} if second else {}  # of which other pipelines know nothing
+    before = pipe.get_list_adapters()
     pipe.load_lora_weights(folder, weight_name=file, adapter_name=adapter, **into)
-    if not any(pipe.get_list_adapters().values()):  # diffusers logs that nothing fits, and goes on
+    if pipe.get_list_adapters() == before:  # diffusers logs that nothing fits, and goes on
         raise ValueError(f"it has no weights for {', '.join(pipe._lora_loadable_modules)}")
 
 
@@ -189,8 +193,10 @@ def _fitting(pipe: Any, lora: object) -> Iterator[None]:
     """Within the context, what goes wrong with a LoRA is a UsageError."""
     try:
         yield
-    except (OSError, AttributeError, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except UsageError:
+        raise
+    except Exception as error:  # of diffusers, peft, safetensors and the hub, each of which has its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(
             f"the LoRA {lora} cannot be loaded into {type(pipe).__name__}; give one of this model ({reason})"
         ) from error

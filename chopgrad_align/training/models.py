@@ -60,12 +60,12 @@ def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str
 
 def check_model(model: Model) -> None:
     check_pipeline(model.name, "model.name")
-    for number, lora in enumerate(model.loras):
+    for name, lora in model.loras.items():
         if Path(lora.name).exists():
             lora_file(Path(lora.name, lora.file or ""))
         elif not _HUB_ID.fullmatch(lora.name):
             raise UsageError(
-                f"model.loras[{number}].name: there is no folder or file {lora.name}; give one, or a hub id such as "
+                f"model.loras.{name}.name: there is no folder or file {lora.name}; give one, or a hub id such as "
                 "owner/name"
             )
 
@@ -75,7 +75,7 @@ def load_pipeline(model: Model) -> Any:
     pipe = read_pipeline(
         model.name, "model.name", {"default": model.dtype, "vae": model.vae_dtype}, variant=model.variant
     )
-    for lora in model.loras:
+    for lora in model.loras.values():
         fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second)
     if model.scheduler:
         pipe.scheduler = _scheduler(pipe, dict(model.scheduler))

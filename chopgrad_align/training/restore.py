@@ -19,7 +19,7 @@ from .config import Config
 from .data import held_out_clips
 from .evaluate import predict
 from .lora import load_lora, lora_file
-from .models import load_pipeline
+from .models import check_model, load_pipeline
 
 
 class HeldOutClips:
@@ -65,6 +65,7 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
             "prediction.mode=denoise starts from the target, and would be given what it is to find; add "
             "prediction.mode=one_step or prediction.mode=sample"
         )
+    check_model(config.model)
     files = {name: None if lora is None else lora_file(lora) for name, lora in loras.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(config.model).to(device)
