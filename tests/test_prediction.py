@@ -1,8 +1,10 @@
 """Clips predicted by one call of the denoiser, or by the sampler with conditions, and losses on them."""
 
 import csv
+import gc
 import json
 import runpy
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -386,6 +388,22 @@ def test_pixel_and_diffusion_loss_stand_beside_each_other(wan):
 
 
 # --- the sampler with conditions --------------------------------------------------------------------------------------
+
+
+def test_a_call_leaves_nothing_behind():
+    """What it saw has a graph; it goes when nobody asks for it any more, and not some time later."""
+    pipe = tiny_pipelines.wan_t2v()
+    gc.collect()
+    gc.disable()
+    try:
+        with one_call(pipe, path_of(pipe.scheduler), 0.5) as call:
+            pipe(prompt="a star", **call.inputs, height=16, width=16, num_frames=5, output_type="latent")
+        assert call.output.shape == call.clean.shape
+        seen = weakref.ref(call.output)
+        del call
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_columns_become_arguments_of_vace():

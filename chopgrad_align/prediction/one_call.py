@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,6 +133,39 @@ class _Call:
         )
 
 
+@functools.cache
+def _scheduler() -> type:
+    """Made once, and not with each call: a class is freed late, and so would be the tensors that its methods know."""
+    from diffusers import SchedulerMixin
+
+    class OneStepScheduler(SchedulerMixin):
+        """The part of a scheduler that pipelines use."""
+
+        order, init_noise_sigma = 1, 1.0
+
+        def __init__(self, config: Any, path: Path, time: float, known: Tensor | None, axis: int, call: _Call) -> None:
+            self.config, self.sigmas = config, torch.tensor([time, 0.0])
+            self._path, self._time, self._known, self._axis, self._call = path, time, known, axis, call
+
+        def set_timesteps(self, num_inference_steps: int = 1, device: Any = None, sigmas: Any = None) -> None:
+            self.timesteps = torch.tensor([self._path.timestep(self._time)], device=device)
+
+        def set_begin_index(self, begin_index: int = 0) -> None:
+            pass
+
+        def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+            return sample
+
+        def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+            self._call.output = model_output
+            # In float32 or more, as schedulers do.
+            clean = self._path.clean(model_output.to(sample.dtype), sample, self._time)
+            self._call.clean = clean if self._known is None else continued(self._known.to(clean), clean, self._axis)
+            return (self._call.clean,)
+
+    return OneStepScheduler
+
+
 @contextmanager
 def one_call(pipe: Any, path: Path, time: float, known: Tensor | None = None) -> Iterator[_Call]:
     """Within the context the pipeline's sampler takes one step, from `time` to the clean latents.
@@ -142,34 +176,8 @@ def one_call(pipe: Any, path: Path, time: float, known: Tensor | None = None) ->
         time: In (0, 1].
         known: The first clean latents, in the pipeline's layout; they take the place of the predicted ones.
     """
-    from diffusers import SchedulerMixin
-
-    before, call, axis = pipe.scheduler, _Call(), frame_axis(pipe)
-
-    class OneStepScheduler(SchedulerMixin):
-        """The part of a scheduler that pipelines use."""
-
-        order, init_noise_sigma, config = 1, 1.0, before.config
-        sigmas = torch.tensor([time, 0.0])
-
-        def set_timesteps(self, num_inference_steps: int = 1, device: Any = None, sigmas: Any = None) -> None:
-            self.timesteps = torch.tensor([path.timestep(time)], device=device)
-
-        def set_begin_index(self, begin_index: int = 0) -> None:
-            pass
-
-        def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-            return sample
-
-        def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
-            call.output = model_output
-            # In float32 or more, as schedulers do.
-            call.clean = path.clean(model_output.to(sample.dtype), sample, time)
-            if known is not None:
-                call.clean = continued(known.to(call.clean), call.clean, axis)
-            return (call.clean,)
-
-    pipe.scheduler = OneStepScheduler()
+    before, call = pipe.scheduler, _Call()
+    pipe.scheduler = _scheduler()(before.config, path, time, known, frame_axis(pipe), call)
     try:
         yield call
     finally:
