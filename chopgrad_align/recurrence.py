@@ -208,7 +208,7 @@ class Recurrence:
                     state, cache = graph.output, graph.after
                 else:
                     given.append(self.place.put(state))
-                    with torch.no_grad():
+                    with torch.no_grad(), self._lean():
                         state, cache = unit(state, cache)
                 if self.local:
                     after_group.append(self.place.put(cache))
@@ -275,6 +275,11 @@ class Recurrence:
         rows = self.replay.rows
         return rows is not None and isinstance(unit, Local) and state[0].shape[-2] * unit.scale > rows
 
+    def _lean(self) -> AbstractContextManager[Any]:
+        """For a run whose pixels nobody sees."""
+        assert self.replay is not None
+        return Lean(self.decoder.stable) if self.replay.lean else nullcontext()
+
     def _graph(
         self,
         unit: Block,
@@ -290,8 +295,7 @@ class Recurrence:
         `meanwhile` is called in the middle of its work.
         """
         assert self.replay is not None
-        lean = Lean(self.decoder.stable) if self.replay.lean else nullcontext()
-        recording = partial(_recording, conditions, lean)
+        recording = partial(_recording, conditions, self._lean())
         if self._by_rows(unit, state):
             assert isinstance(unit, Local)
             assert self.replay.rows is not None

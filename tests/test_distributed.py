@@ -95,7 +95,7 @@ def test_what_no_process_has_a_gradient_of_keeps_none():
 def test_two_processes_compute_what_one_does(config, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    two = [f"run.folder={tmp_path}/two", "rewards.mean.args.world=2"]
+    two = [f"run.folder={tmp_path}/two", "rewards.mean.args.world=2", "train.micro_batch=4"]  # each has two
     done = launch(2, driver, tmp_path, tiny_runs.SCRIPT, "--config", config, *OVERRIDES, *two)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout

@@ -213,7 +213,7 @@ class Train:
     batch_size: Positive = 4
     """Videos for one optimizer step, over all processes."""
     micro_batch: Positive = 1
-    """Videos sampled at a time by one process; the rest is accumulated."""
+    """Videos sampled at a time by one process, if it has so many; the rest is accumulated."""
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegative = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)

@@ -110,10 +110,11 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     )
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     local = config.train.batch_size // world
-    if config.train.batch_size % (world * config.train.micro_batch):
+    together = min(config.train.micro_batch, max(local, 1))
+    if config.train.batch_size % (world * together):
         raise UsageError(
             f"train.batch_size={config.train.batch_size} must be a multiple of processes × micro_batch = "
-            f"{world} × {config.train.micro_batch}"
+            f"{world} × {together}"
         )
     if config.validation.pairs < world:
         raise UsageError(
@@ -254,8 +255,8 @@ def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired
     bar = tqdm(
         range(first, config.train.steps), initial=first, total=config.train.steps, disable=rank != 0, desc="align"
     )
-    starts = range(rank * local, (rank + 1) * local, config.train.micro_batch)
-    parts = [range(start, start + config.train.micro_batch) for start in starts]
+    starts = range(rank * local, (rank + 1) * local, together)
+    parts = [range(start, start + together) for start in starts]
     asked = ((step, places) for step in range(first, config.train.steps) for places in parts)
     with Prefetched(batches.micro_batch, asked) as micro_batches:
         for step in bar:
