@@ -99,7 +99,7 @@ class RowGraphs:
         recording: Recording,
         through_cache: bool,
         rows: int,
-        meanwhile: Callable[[], None] = lambda: None,
+        meanwhile: Callable[[], None],
     ) -> None:
         self._block, self._hidden, self._cache = block, hidden, cache
         self._recording, self._through_cache, self._meanwhile = recording, through_cache, meanwhile

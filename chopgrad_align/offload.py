@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .memory import on_host
-
-_LEAVING = 1
-"""What so many calls put away may be on its way out while the device computes: of the block before."""
 
 _SMALLEST_PIECE = 2**20
 """Bytes of pinned memory; what is rounded up is less than this for each tensor."""
@@ -67,7 +63,7 @@ class Host(Place):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = _stream_of_copies(device) if device.type == "cuda" else None
-        self._leaving: deque[tuple[Any, list[Tensor]]] = deque()
+        self._leaving: tuple[Any, list[Tensor]] | None = None
         self._fetched: dict[_Stored, tuple[list[Any], Any]] = {}
 
     def put(self, values: Any) -> Any:
@@ -78,9 +74,10 @@ class Host(Place):
             for host, tensor in zip(hosts, tensors, strict=True):
                 for piece, part in host.pieces_of(tensor):
                     piece.copy_(part, non_blocking=self._stream is not None)
-        # Held until they are copied; and the CPU waits, or it would run ahead of the copies and nothing be freed.
-        self._leaving.append((None if self._stream is None else self._stream.record_event(), tensors))
-        self._wait(_LEAVING)
+        copied = None if self._stream is None else self._stream.record_event()
+        # Held until they are copied; and the CPU waits for those before, or it would run ahead and nothing be freed.
+        self.settle()
+        self._leaving = copied, tensors
         in_order = iter(hosts)
         return _Stored([next(in_order) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
@@ -107,13 +104,9 @@ class Host(Place):
         return tree_unflatten(leaves, stored.structure)
 
     def settle(self) -> None:
-        self._wait(0)
-
-    def _wait(self, most: int) -> None:
-        while len(self._leaving) > most:
-            copied = self._leaving.popleft()[0]
-            if copied is not None:
-                copied.synchronize()
+        if self._leaving is not None and (copied := self._leaving[0]) is not None:
+            copied.synchronize()
+        self._leaving = None
 
     @contextmanager
     def _beside(self) -> Iterator[None]:

@@ -387,9 +387,6 @@ def test_pixel_and_diffusion_loss_stand_beside_each_other(wan):
     assert max(g.abs().max() for g in found.values()) > 0
 
 
-# --- the sampler with conditions --------------------------------------------------------------------------------------
-
-
 def test_a_call_leaves_nothing_behind():
     """What it saw has a graph; it goes when nobody asks for it any more, and not some time later."""
     pipe = tiny_pipelines.wan_t2v()
@@ -404,6 +401,9 @@ def test_a_call_leaves_nothing_behind():
         assert seen() is None
     finally:
         gc.enable()
+
+
+# --- the sampler with conditions --------------------------------------------------------------------------------------
 
 
 def test_columns_become_arguments_of_vace():

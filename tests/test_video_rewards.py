@@ -523,8 +523,7 @@ def test_flow_is_torchvisions(tmp_path, model):
     flow = OpticalFlow("Motion", str(tmp_path / "raft.pth"), model, updates=2).eval()
     first, second = video_of(136, 128, batch=1)[0].unsqueeze(1)
     with torch.no_grad():
-        official = raft(first * 2 - 1, second * 2 - 1, num_flow_updates=2)[-1]
-        torch.testing.assert_close(flow(first, second), official, rtol=1e-4, atol=1e-4)  # pixels
+        torch.testing.assert_close(flow(first, second), raft(first * 2 - 1, second * 2 - 1, num_flow_updates=2)[-1])
 
 
 def test_the_gradient_of_one_update_is_torchvisions(make):
@@ -535,7 +534,7 @@ def test_the_gradient_of_one_update_is_torchvisions(make):
     (gradient,) = torch.autograd.grad(flow(first, second).square().sum(), first)
     official = raft(first * 2 - 1, second * 2 - 1, num_flow_updates=1)[-1]
     (expected,) = torch.autograd.grad(official.square().sum(), first)
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 def bilinear(image, x, y):

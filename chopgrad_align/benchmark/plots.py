@@ -130,8 +130,10 @@ def names_of(speeds: dict[str, Any]) -> list[str]:
     return list(next(iter(speeds.values()))["ratio"])
 
 
-_SMALL: dict[str, Any] = {"fontsize": 8, "va": "center", "color": "#333333", "zorder": 3}
-_SMALL["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # above a goal's line
+_SMALL: dict[str, Any] = {
+    **{"fontsize": 8, "va": "center", "color": "#333333"},
+    **{"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}, "zorder": 3},  # above a goal's line
+}
 
 
 def _colour(name: str) -> str:

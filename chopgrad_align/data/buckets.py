@@ -30,6 +30,11 @@ class Bucket:
         if min(self.frames, self.height, self.width) < 1:
             raise UsageError(f"expected a bucket (frames, height, width) of positive numbers, got {self}")
 
+    @property
+    def arguments(self) -> dict[str, int]:
+        """Of a pipeline's call."""
+        return {"num_frames": self.frames, "height": self.height, "width": self.width}
+
 
 @dataclass(frozen=True)
 class Box:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import yaml
 
 from ..training.config import Config, load_config, to_yaml
+from ..training.streaming import one_pass
 from .simulate import Figures, simulate
 
 Setting = dict[str, Any]
@@ -85,8 +86,9 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
         found.append(Lever(alive, [{"gradient.cache": place} for place in ("device", "host")]))
     smaller = [n for n in (4, 2, 1) if any(n < size for size in chunks.values())]
     rungs = [{f"{place}.args.frames_per_chunk": min(n, size) for place, size in chunks.items()} for n in smaller]
-    one_pass = config.gradient.decoder == "truncated" and config.gradient.distance == 0
-    streamed = ("decoding",) if one_pass else ()  # losses of single frames are then taken there
+    streamed = (
+        ("decoding",) if one_pass(config.gradient.policy()) else ()
+    )  # losses of single frames are then taken there
     return [*found, Lever((*streamed, "reward", "reward backward"), [{}, *rungs])]
 
 

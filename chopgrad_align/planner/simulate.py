@@ -334,16 +334,12 @@ def _shape(config: Config) -> dict[str, int]:
     """Of the pipeline's call, for clips of the largest bucket; empty for prompts."""
     if config.data.clips is None:
         return {}
-    bucket = max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width)
-    return {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+    return max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width).arguments
 
 
 def _videos(config: Config, clips: Clips, frames: int, height: int, width: int) -> dict[str, Tensor]:
     """Black clips, with values, because they become pictures where the pipeline's call takes them."""
-    prediction = config.prediction
-    roles = {"target", *clips.columns, *prediction.columns.values()} - {"caption"}
-    if prediction.mode == "one_step":
-        roles.add(prediction.source)
+    roles = {"target", *clips.columns, *config.prediction.roles.values()} - {"caption"}
     if clips.degradation is not None or clips.mask is not None:
         roles.add("degraded")
     if clips.mask is not None:

@@ -176,6 +176,12 @@ class Prediction:
     overlap: Positive = 5
     """Frames that windows share, when a clip is longer than `model.call.num_frames` in the evaluation."""
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """The roles of the clips that it reads, by the keys that name them."""
+        read = {f"columns.{argument}": role for argument, role in self.columns.items()}
+        return read | {"source": self.source} if self.mode == "one_step" else read
+
     def policy(self, encoder: Encoder = Encoder()) -> prediction.Prediction:  # noqa: B008 (frozen)
         match self.mode:
             case "one_step":

@@ -89,7 +89,7 @@ class ClipData:
     buckets: list[Bucket]
 
     def shapes(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [{**call, "num_frames": b.frames, "height": b.height, "width": b.width} for b in self.buckets]
+        return [{**call, **bucket.arguments} for bucket in self.buckets]
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> ClipBatches:
         caption = config.data.clips.caption if config.data.clips else None
@@ -133,9 +133,7 @@ def _targets(name: str, split: str, rows: Sequence[Row]) -> list[Any]:
 
 def _check_roles(config: Config, name: str, clips: Clips) -> None:
     """Raise a UsageError for a role that the config gives to the prediction and the clips do not have."""
-    wanted = {f"columns.{argument}": role for argument, role in config.prediction.columns.items()}
-    if config.prediction.mode == "one_step":
-        wanted["source"] = config.prediction.source
+    wanted = config.prediction.roles
     if not wanted:
         return
     roles = clips.clip(0).videos

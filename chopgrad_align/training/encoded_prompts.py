@@ -188,10 +188,11 @@ def _leaving_after_prompts(pipe: Any) -> Iterator[None]:
         raise _PromptsAreDone
 
     with ExitStack() as stack:
+        of_text = text_encoders(pipe)
         for name, part in pipe.components.items():
-            if isinstance(part, nn.Module) and name not in text_encoders(pipe):
+            if isinstance(part, nn.Module) and name not in of_text:
                 stack.callback(part.register_forward_pre_hook(leave).remove)
-        for owner, method in ((pipe, "prepare_latents"), (pipe, "encode_image"), (pipe.vae, "encode")):
+        for owner, method in ((pipe, "prepare_latents"), (pipe.vae, "encode")):
             if hasattr(owner, method):
                 stack.enter_context(mock.patch.object(owner, method, leave))
         yield

@@ -172,7 +172,8 @@ def fuse_lora(pipe: Any, name: str, file: str | None = None, scale: float = 1.0,
         if not path.exists():
             _load(pipe, name, file, second=second)
         elif second:
-            _load(pipe, str(lora_file(path).parent), lora_file(path).name, second=True)
+            found = lora_file(path)
+            _load(pipe, str(found.parent), found.name, second=True)
         else:
             load_lora(pipe, path)
         parts = [part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None]

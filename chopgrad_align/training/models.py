@@ -21,7 +21,6 @@ from ..reward.loading import to_device
 from .config import Config, Loss, Model, Reward
 from .lora import fuse_lora, lora_file
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffusion": "outputs"}
 
 
@@ -31,8 +30,8 @@ def check_pipeline(name: str, argument: str) -> None:
     if folder.exists():
         if not (folder / "model_index.json").is_file():
             raise UsageError(f"{argument}: {folder} holds no diffusers pipeline (no model_index.json)")
-    elif not _HUB_ID.fullmatch(name):
-        raise UsageError(f"{argument}: there is no folder {name}; give one, or a hub id such as owner/name")
+    else:
+        _expect_hub_id(name, argument, "folder")
 
 
 def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str | None = None) -> Any:
@@ -63,11 +62,13 @@ def check_model(model: Model) -> None:
     for name, lora in model.loras.items():
         if Path(lora.name).exists():
             lora_file(Path(lora.name, lora.file or ""))
-        elif not _HUB_ID.fullmatch(lora.name):
-            raise UsageError(
-                f"model.loras.{name}.name: there is no folder or file {lora.name}; give one, or a hub id such as "
-                "owner/name"
-            )
+        else:
+            _expect_hub_id(lora.name, f"model.loras.{name}.name", "folder or file")
+
+
+def _expect_hub_id(name: str, argument: str, kind: str) -> None:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UsageError(f"{argument}: there is no {kind} {name}; give one, or a hub id such as owner/name")
 
 
 def load_pipeline(model: Model) -> Any:

@@ -23,9 +23,13 @@ def can_stream(objective: Objective, backprop: Backprop) -> bool:
 
     With other policies each loss would have to be evaluated twice, and other terms read more than one group's frames.
     """
-    one_pass = isinstance(backprop, Truncated) and backprop.distance == 0
     pixel_terms = [term for term in objective.terms.values() if term.reads_pixels]
-    return one_pass and bool(pixel_terms) and all(map(_of_single_frames, pixel_terms))
+    return one_pass(backprop) and bool(pixel_terms) and all(map(_of_single_frames, pixel_terms))
+
+
+def one_pass(backprop: Backprop) -> bool:
+    """Whether a loss of single frames can be pulled back as soon as they are decoded."""
+    return isinstance(backprop, Truncated) and backprop.distance == 0
 
 
 def _of_single_frames(term: Any) -> bool:
