@@ -1,22 +1,75 @@
-"""Fine-tune video diffusion models by the gradient of what is measured on their decoded pixels."""
+"""Fine-tune video diffusion models by the gradient of what is measured on their decoded pixels.
 
-# Imported here and now, because some are named like the module that they live in: once a submodule has been loaded, its
-# name in the package would be the module. These modules import torch alone; heavy libraries load when they are used.
-from .backprop import Exact, Full, Truncated
-from .decode import decode, decode_loss
-from .errors import UsageError
-from .reward import load_reward
-from .rollout import rollout
-from .steps import LastSteps
+Everything that code outside the package needs is a name of this module.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .common.errors import UsageError
+from .decoding.backprop import Exact, Full, Truncated
+from .decoding.decode import decode, decode_loss
+from .decoding.decoders import register_decoder
+from .decoding.decoders.base import Decoder
+from .objective.losses import FrameLoss, Loss, VideoLoss
+from .objective.reward import (
+    FrameReward,
+    Frames,
+    FrameSampler,
+    Reward,
+    SampledReward,
+    check_reward,
+    frame_sampler,
+    load_reward,
+)
+from .sampling.rollout import rollout
+from .sampling.steps import LastSteps
+
+if TYPE_CHECKING:
+    from .training.config import load_config
+    from .training.lora import add_lora, load_lora
+    from .training.run import train
+
+# What is above imports torch alone; these bring accelerate, peft and the like, and load when they are asked for.
+_LATER = {
+    "add_lora": ".training.lora",
+    "load_config": ".training.config",
+    "load_lora": ".training.lora",
+    "train": ".training.run",
+}
 
 __all__ = [
+    "Decoder",
     "Exact",
+    "FrameLoss",
+    "FrameReward",
+    "FrameSampler",
+    "Frames",
     "Full",
     "LastSteps",
+    "Loss",
+    "Reward",
+    "SampledReward",
     "Truncated",
     "UsageError",
+    "VideoLoss",
+    "add_lora",
+    "check_reward",
     "decode",
     "decode_loss",
+    "frame_sampler",
+    "load_config",
+    "load_lora",
     "load_reward",
+    "register_decoder",
     "rollout",
+    "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name], __name__), name)

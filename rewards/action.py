@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import frame_sampler
+from chopgrad_align import UsageError, frame_sampler
 
 from .checkpoints import load_pretrained, loading
 from .whole_video import ResizeAndCrop, WholeVideoReward, evenly_spaced, recompute_blocks

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipModel
 
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames
 
 from .checkpoints import load_pretrained, load_weights, loading, locate
 from .preprocess import Preprocess

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoConfig
 
-from chopgrad_align.checkpoints import fill_weights, load_weights, loading, read_weights
+from chopgrad_align.common.weight_files import fill_weights, load_weights, loading, read_weights
 
 __all__ = ["HUB_ID", "fill_weights", "load_pretrained", "load_weights", "loading", "locate", "read_weights"]
 

@@ -11,8 +11,7 @@ from typing import Literal
 import open_clip
 from torch import Tensor, nn
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames, UsageError
 
 from .checkpoints import HUB_ID, loading
 from .preprocess import Preprocess

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames
 
 
 class Colorfulness(FrameReward):

@@ -6,8 +6,7 @@ import torch
 from kornia.enhance.jpeg import _get_default_qt_c, _get_default_qt_y, _jpeg_encode, _perform_padding
 from torch import Tensor
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames, UsageError
 
 
 class Compressibility(FrameReward):

@@ -15,8 +15,7 @@ from transformers import (
 )
 from transformers.image_transforms import get_size_with_aspect_ratio
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames, UsageError
 
 from .checkpoints import load_pretrained, loading
 from .preprocess import Preprocess

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames, UsageError
 
 from .checkpoints import loading, locate
 from .clip_score import ImageTextSimilarity

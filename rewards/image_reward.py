@@ -8,7 +8,7 @@ import re
 from torch import Tensor
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames
 
 from .aesthetic import Head
 from .checkpoints import fill_weights, loading, locate, read_weights

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames, UsageError
 
 from .checkpoints import fill_weights, loading, locate, read_weights
 from .preprocess import Preprocess

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from chopgrad_align.errors import UsageError, whole_number
-from chopgrad_align.optical_flow import OpticalFlow
+from chopgrad_align import UsageError
+from chopgrad_align.common.arguments import whole_number
+from chopgrad_align.common.optical_flow import OpticalFlow
 
 from .whole_video import WholeVideoReward
 

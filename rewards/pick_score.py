@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames
 
 from .checkpoints import load_pretrained, loading
 from .preprocess import Preprocess

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chopgrad_align.reward import FrameReward, Frames
+from chopgrad_align import FrameReward, Frames
 
 _GREY = (0.299, 0.587, 0.114)  # luma of Rec. 601
 _LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import VJEPA2Model, VJEPA2VideoProcessor
 
-from chopgrad_align.errors import whole_number
-from chopgrad_align.reward import frame_sampler
+from chopgrad_align import frame_sampler
+from chopgrad_align.common.arguments import whole_number
 
 from .checkpoints import load_pretrained, loading
 from .whole_video import ResizeAndCrop, WholeVideoReward, recompute_blocks

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, VideoMAEImageProcessor, XCLIPModel
 
-from chopgrad_align.reward import FrameSampler
+from chopgrad_align import FrameSampler
 
 from .checkpoints import load_pretrained, loading
 from .prompt_cache import PromptCache

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import FrameSampler
+from chopgrad_align import FrameSampler, UsageError
 
 from .checkpoints import loading, locate, read_weights
 from .preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from chopgrad_align.optical_flow import occluded, warp
+from chopgrad_align.common.optical_flow import occluded, warp
 
 from .optical_flow import PairReward
 

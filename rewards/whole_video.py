@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chopgrad_align.reward import SampledReward
+from chopgrad_align import SampledReward
 
 from .preprocess import Preprocess
 

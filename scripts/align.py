@@ -7,7 +7,7 @@ accelerate launch scripts/align.py --config runs/mine/config.yaml --resume
 
 import argparse
 
-from chopgrad_align.errors import exit_on_usage_error
+from chopgrad_align.common.errors import exit_on_usage_error
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         if args.print_config:
             print(to_yaml(config), end="")
             return
-        from chopgrad_align.training.loop import train
+        from chopgrad_align.training.run import train
 
         result = train(config, resume=args.resume, dry_run=args.dry_run)
         if result is not None:

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chopgrad_align.command_line import size
-from chopgrad_align.errors import exit_on_usage_error
+from chopgrad_align.common.command_line import size
+from chopgrad_align.common.errors import exit_on_usage_error
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

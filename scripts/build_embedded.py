@@ -25,7 +25,7 @@ from embedded_stages.latents import encode_latents
 from embedded_stages.reward import train_reward
 from embedded_stages.vae import train_vae
 
-from chopgrad_align.errors import exit_on_usage_error
+from chopgrad_align.common.errors import exit_on_usage_error
 
 # What runs, and how much of it: training steps, clips or videos.
 STAGES = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from chopgrad_align.errors import exit_on_usage_error
+from chopgrad_align.common.errors import exit_on_usage_error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

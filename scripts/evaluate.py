@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chopgrad_align.errors import UsageError, exit_on_usage_error
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 
 if TYPE_CHECKING:
     from chopgrad_align.data.clips import Clip
@@ -108,7 +108,7 @@ def _from_config(
     args: argparse.Namespace, config: Config, loras: Mapping[str, Path]
 ) -> tuple[Mapping[str, Method], Iterable[Clip], int]:
     from chopgrad_align.evaluation.compare import input_video, target_video
-    from chopgrad_align.training.restore import HeldOutClips, restorers
+    from chopgrad_align.training.predictors import HeldOutClips, restorers
 
     baselines = ["input", "base"] if args.baseline is None else args.baseline
     clips = HeldOutClips(config, args.count)

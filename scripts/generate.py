@@ -22,9 +22,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chopgrad_align.command_line import size
+from chopgrad_align.common.command_line import size
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 from chopgrad_align.data.prompts import Condition, read_conditions
-from chopgrad_align.errors import UsageError, exit_on_usage_error
 
 if TYPE_CHECKING:
     from chopgrad_align.training.config import Config
@@ -156,7 +156,7 @@ def _call_defaults(model: str) -> dict[str, Any]:
 
 def _call_arguments(pipe: Any, defaults: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Of each video's call: the defaults, with what the command line says in their place."""
-    from chopgrad_align.rollout import check_call
+    from chopgrad_align.sampling.rollout import check_call
 
     height, width = args.size or (None, None)
     options = {

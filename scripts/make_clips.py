@@ -15,7 +15,7 @@ import csv
 import random
 from pathlib import Path
 
-from chopgrad_align.errors import UsageError, exit_on_usage_error
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 
 COLUMNS = ("file_name", "caption", "control", "empty", "instruction")
 FPS = 8

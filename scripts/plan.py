@@ -19,8 +19,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from chopgrad_align.command_line import size
-from chopgrad_align.errors import UsageError, exit_on_usage_error, whole_number
+from chopgrad_align.common.arguments import whole_number
+from chopgrad_align.common.command_line import size
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chopgrad_align.errors import UsageError, exit_on_usage_error
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chopgrad_align import Exact, Full, UsageError, decode
-from chopgrad_align.backprop import Backprop
-from chopgrad_align.command_line import size
-from chopgrad_align.decoders import decoder_of, known_names
-from chopgrad_align.decoders.base import Decoder, Tiled
-from chopgrad_align.decoders.tiles import TemporalTiles
-from chopgrad_align.memory import StorageCount
+from chopgrad_align.common.command_line import size
+from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.decoding.backprop import Backprop
+from chopgrad_align.decoding.decoders import decoder_of, known_names
+from chopgrad_align.decoding.decoders.base import Decoder, Tiled
+from chopgrad_align.decoding.decoders.tiles import TemporalTiles
 
 # Where a class's defaults are not those of a published model.
 STABLE_DIFFUSION = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}

@@ -3,7 +3,7 @@
 import torch
 from tiny_rewards import PROMPTS, video_of
 
-from chopgrad_align.reward import check_reward
+from chopgrad_align.objective.reward import check_reward
 
 
 def check_every_prompt_scores_its_own_video(make, reads_prompts):

@@ -9,7 +9,6 @@ import torch
 from tiny_pipelines import wan_t2v
 from tiny_vaes import hunyuan_video15_vae, wan_vae
 
-from chopgrad_align.backprop import Exact, Truncated
 from chopgrad_align.benchmark.cases import load_clips, losses, units_of
 from chopgrad_align.benchmark.influence import exponential_fit, influence_of
 from chopgrad_align.benchmark.options import option_rows
@@ -17,7 +16,8 @@ from chopgrad_align.benchmark.peers import PEERS
 from chopgrad_align.benchmark.rows import EXACT, POLICIES, REFERENCE, Row, gradient, loss_of
 from chopgrad_align.benchmark.speed import FORWARD
 from chopgrad_align.data.video import write_video
-from chopgrad_align.decode import decode
+from chopgrad_align.decoding.backprop import Exact, Truncated
+from chopgrad_align.decoding.decode import decode
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_decode.py"
 FRAMES, GROUPS, SIZES = 5, 2, ["16x16", "24x16"]

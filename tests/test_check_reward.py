@@ -7,10 +7,10 @@ from chopgrad_rewards.colorfulness import Colorfulness
 from script_runs import run_script
 from torch import nn
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.video import write_video
-from chopgrad_align.errors import UsageError
 from chopgrad_align.evaluation.check_reward import ascent, clip, examine, finite_differences, measure
-from chopgrad_align.reward import FrameReward, SampledReward
+from chopgrad_align.objective.reward import FrameReward, SampledReward
 
 PROMPTS = ["a red star", "a blue square"]
 CLIP, CAPTION = clip(None, None)

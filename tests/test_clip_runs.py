@@ -8,15 +8,15 @@ import tiny_pipelines
 import tiny_runs
 import torch
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.clips import Clips
 from chopgrad_align.data.source import BadFile
 from chopgrad_align.data.video import write_video
-from chopgrad_align.errors import UsageError
-from chopgrad_align.training import loop
+from chopgrad_align.training import run as loop
 from chopgrad_align.training.data import read_data
-from chopgrad_align.training.loop import train
 from chopgrad_align.training.models import load_objective, load_pipeline
 from chopgrad_align.training.prefetch import Prefetched
+from chopgrad_align.training.run import train
 
 
 @pytest.fixture(scope="module")

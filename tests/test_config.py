@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from chopgrad_align.backprop import Exact, Full, Truncated
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.prompts import read_conditions
-from chopgrad_align.errors import UsageError
+from chopgrad_align.decoding.backprop import Exact, Full, Truncated
 from chopgrad_align.training.config import Gradient, load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny_runs import rows
 
-from chopgrad_align.reward import load_reward
+from chopgrad_align.objective.reward import load_reward
 from chopgrad_align.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def test_the_template_of_whole_videos_takes_its_arguments(tmp_path, monkeypatch)
 
 
 def test_the_tutorial_names_every_rule_and_every_choice_of_frames():
-    from chopgrad_align.reward.frames import _COUNTED, _NAMED
+    from chopgrad_align.objective.reward.frames import _COUNTED, _NAMED
 
     for name in _NAMED:
         assert f"`{name}`" in TUTORIAL

@@ -7,7 +7,7 @@ from gradients import ROUNDING, assert_same, assert_same_gradient, gradient, rel
 from torch import Tensor, nn
 
 from chopgrad_align import Exact, Full, Truncated, UsageError, decode, decode_loss
-from chopgrad_align.memory import StorageCount
+from chopgrad_align.common.storage_count import StorageCount
 
 EXACT = [
     Exact(),
@@ -483,8 +483,8 @@ def test_a_change_before_the_backward_pass_is_seen(changed):
 
 
 def test_subclasses_and_new_decoders_are_found(monkeypatch):
-    from chopgrad_align import decoders
-    from chopgrad_align.decoders.image import ImageDecoder
+    from chopgrad_align.decoding import decoders
+    from chopgrad_align.decoding.decoders.image import ImageDecoder
 
     class Fine(type(tiny_vaes.image_vae())):
         pass
@@ -499,5 +499,5 @@ def test_subclasses_and_new_decoders_are_found(monkeypatch):
             return super().epilogue(output, clamp) + 1
 
     monkeypatch.setattr(decoders, "_KNOWN", dict(decoders._KNOWN))
-    decoders.register(Fine, lambda vae, latents: Brighter(vae, time_axis=0))
+    decoders.register_decoder(Fine, lambda vae, latents: Brighter(vae, time_axis=0))
     assert torch.equal(decode(vae, latents), vae.decode(latents).sample + 1)

@@ -11,9 +11,10 @@ import torch
 from gradients import ROUNDING, assert_same, assert_same_gradient, gradient, relative_error, weighted
 from torch import Tensor, nn
 
-from chopgrad_align import Exact, Full, Truncated, UsageError, decode, decode_loss, decoders
-from chopgrad_align.decoders.base import WholeDecoder, stateless
-from chopgrad_align.memory import StorageCount
+from chopgrad_align import Exact, Full, Truncated, UsageError, decode, decode_loss
+from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.decoding import decoders
+from chopgrad_align.decoding.decoders.base import WholeDecoder, stateless
 
 POLICIES = [Exact(), Exact(checkpoint=False), Truncated(99), Full()]
 
@@ -402,7 +403,7 @@ def test_a_new_decoder_is_one_small_class(monkeypatch):
     with pytest.raises(UsageError, match=r"no decoder is known for Mean; known are AutoencoderKL, .*register"):
         decode(vae, latents)
     monkeypatch.setattr(decoders, "_KNOWN", dict(decoders._KNOWN))
-    decoders.register(Mean, MeanDecoder)
+    decoders.register_decoder(Mean, MeanDecoder)
     for backprop in POLICIES:
         assert_same(decode(vae, latents, backprop), vae.decode(latents), latents)
     assert torch.equal(decode(vae, latents, frames=[1]), vae.decode(latents)[:, :, 1:2])

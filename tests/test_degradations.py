@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.degradations import DEGRADATIONS, MASKS, load_degradation, load_mask
 from chopgrad_align.data.degradations.base import Chain, Maybe, OneOf
 from chopgrad_align.data.degradations.blur import Blur, Sinc
@@ -24,7 +25,6 @@ from chopgrad_align.data.degradations.second_order import SecondOrder, Stage
 from chopgrad_align.data.degradations.strokes import StrokeMask
 from chopgrad_align.data.procedural import texture_clip
 from chopgrad_align.data.video import write_video
-from chopgrad_align.errors import UsageError
 
 MASK = ObjectMask(area=(0.1, 0.2), travel=(0.2, 0.2))  # of the mask videos
 

@@ -11,7 +11,8 @@ import tiny_runs
 import torch
 from tiny_runs import lora, rows, saved_lora
 
-from chopgrad_align.training import batches, loop
+from chopgrad_align.training import batches
+from chopgrad_align.training import run as loop
 from chopgrad_align.training.config import load_config
 
 PROMPTS = 12

@@ -4,8 +4,8 @@ import pytest
 import tiny_pipelines
 import torch
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.cache import Cache
-from chopgrad_align.errors import UsageError
 from chopgrad_align.training.encoded_prompts import encode_prompts
 
 CPU = torch.device("cpu")

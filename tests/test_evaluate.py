@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from script_runs import run_script
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data import procedural
 from chopgrad_align.data.clips import Clip
 from chopgrad_align.data.video import read_video, write_video
-from chopgrad_align.errors import UsageError
 from chopgrad_align.evaluation.compare import compare, input_video, target_video
 from chopgrad_align.evaluation.estimates import Estimate, estimate, paired_difference
 from chopgrad_align.evaluation.metrics import load_metrics
@@ -616,10 +616,10 @@ def test_a_config_with_its_held_out_clips(folders, monkeypatch, capsys):
         asked.append((config, loras))
         return {name: input_video if lora is None else better for name, lora in loras.items()}
 
-    module = types.ModuleType("chopgrad_align.training.restore")
+    module = types.ModuleType("chopgrad_align.training.predictors")
     module.restorers = restorers
     module.HeldOutClips = lambda config, count: list(clips(count))
-    monkeypatch.setitem(sys.modules, "chopgrad_align.training.restore", module)
+    monkeypatch.setitem(sys.modules, "chopgrad_align.training.predictors", module)
     monkeypatch.setattr("chopgrad_align.training.config.load_config", lambda path, overrides: (path, tuple(overrides)))
     (folders / "run" / "lora").mkdir(parents=True)
     status, said, _ = run_script(

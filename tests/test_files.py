@@ -1,7 +1,7 @@
 import pytest
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.files import whole_file
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.common.files import whole_file
 
 
 def test_a_file_is_there_when_it_is_whole(tmp_path):

@@ -30,8 +30,8 @@ from tiny_frame_rewards import LABELS, image_reward_vision, make_frame_checkpoin
 from tiny_rewards import PROMPTS, assert_equal_within_rounding, laion_head, pil, video_of
 from torch import nn
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import load_reward
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.objective.reward import load_reward
 
 CONDITION = "red green"
 

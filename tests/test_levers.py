@@ -11,10 +11,11 @@ from gradients import ROUNDING, gradient, relative_error, weighted
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chopgrad_align import Exact, Truncated, UsageError, decode, offload
-from chopgrad_align.lean import Lean, framewise
-from chopgrad_align.memory import StorageCount
-from chopgrad_align.offload import Device, Host
+from chopgrad_align import Exact, Truncated, UsageError, decode
+from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.decoding import offload
+from chopgrad_align.decoding.lean import Lean, framewise
+from chopgrad_align.decoding.offload import Device, Host
 
 GIB = 2**30
 

@@ -12,12 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 
 from chopgrad_align import LastSteps, rollout
-from chopgrad_align.errors import UsageError
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.training import lora
 from chopgrad_align.training.batches import call_inputs
-from chopgrad_align.training.loop import train
 from chopgrad_align.training.lora import add_lora, load_lora, lora_config, lora_parameters
 from chopgrad_align.training.models import check_model, load_pipeline
+from chopgrad_align.training.run import train
 
 SMALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0}
 CALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}

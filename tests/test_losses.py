@@ -14,12 +14,12 @@ from gradients import relative_error
 from safetensors.torch import save_file
 from torch import nn
 
-import chopgrad_align.losses
-from chopgrad_align.errors import UsageError
-from chopgrad_align.losses import LOSSES, FrameLoss, VideoLoss, load_loss
-from chopgrad_align.losses.backbone import run
-from chopgrad_align.losses.protocol import compare, frames_read
-from chopgrad_align.memory import StorageCount
+import chopgrad_align.objective.losses
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.objective.losses import LOSSES, FrameLoss, VideoLoss, load_loss
+from chopgrad_align.objective.losses.backbone import run
+from chopgrad_align.objective.losses.protocol import compare, frames_read
 
 SIZE = (32, 40)
 SIZES = {"dists": (16, 20)}  # VGG is not small
@@ -278,7 +278,7 @@ def test_flow_warp_value(make, monkeypatch):
     own = make("flow_warp", inside=1, outside=0).double()
     monkeypatch.setattr(own.flow, "forward", flow)
     monkeypatch.setattr(
-        "chopgrad_align.losses.flow_warp.occluded",
+        "chopgrad_align.objective.losses.flow_warp.occluded",
         lambda f, b: torch.zeros_like(f[:, 0]).bool().index_fill(2, torch.arange(speed), True),
     )
     assert own(target, target, torch.ones_like(inner)).item() < 1e-12
@@ -291,7 +291,7 @@ def test_flow_warp_leaves_out_what_is_hidden(make, monkeypatch):
     monkeypatch.setattr(loss.flow, "forward", lambda first, second: torch.zeros_like(first[:, :2]))
     hidden = torch.zeros(1, 16, 18, dtype=torch.bool)
     hidden[:, 4:9, 5:] = True
-    monkeypatch.setattr("chopgrad_align.losses.flow_warp.occluded", lambda forward, backward: hidden)
+    monkeypatch.setattr("chopgrad_align.objective.losses.flow_warp.occluded", lambda forward, backward: hidden)
     value = loss(video, target)
     expected = ((video[0, 1] - video[0, 0]).abs() * ~hidden).mean()
     torch.testing.assert_close(value[0], expected)
@@ -516,7 +516,7 @@ def test_the_peak_of_pairs_grows_by_what_is_kept_of_the_target(make, name, monke
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 SOURCE = """
-from chopgrad_align.losses import FrameLoss
+from chopgrad_align.objective.losses import FrameLoss
 
 class Bright(FrameLoss):
     def error(self, frames, target):
@@ -539,7 +539,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_every_loss_of_the_folder_has_a_name():
-    files = {path.stem for path in Path(chopgrad_align.losses.__file__).parent.glob("*.py")}
+    files = {path.stem for path in Path(chopgrad_align.objective.losses.__file__).parent.glob("*.py")}
     assert set(LOSSES) == files - {"__init__", "backbone", "loading", "protocol"} == set(NAMES)
 
 

@@ -9,21 +9,21 @@ import tiny_rewards
 import tiny_runs
 import tiny_vaes
 import torch
+from chopgrad_align.objective.objective import Objective
 from test_rollout import close
 from tiny_runs import lora, rows, saved_lora
 
-from chopgrad_align.backprop import Exact, Full
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.video import read_video
-from chopgrad_align.decode import decode
-from chopgrad_align.errors import UsageError
-from chopgrad_align.objective import Objective
-from chopgrad_align.training import partial
+from chopgrad_align.decoding import selected_frames as partial
+from chopgrad_align.decoding.backprop import Exact, Full
+from chopgrad_align.decoding.decode import decode
 from chopgrad_align.training.batches import PromptBatches
 from chopgrad_align.training.config import load_config
-from chopgrad_align.training.loop import train
+from chopgrad_align.training.run import train
 
 OWN = """
-from chopgrad_align.reward import FrameReward
+from chopgrad_align.objective.reward import FrameReward
 
 class Warmth(FrameReward):
     def score_frames(self, frames, prompts):

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
+from chopgrad_align.objective.objective import Objective, Statistics, Term
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.objective import Objective, Statistics, Term
-from chopgrad_align.reward import FrameReward
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.objective.reward import FrameReward
 
 PROMPTS = ["a", "bb"]
 

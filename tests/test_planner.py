@@ -16,19 +16,19 @@ import tiny_rewards
 import tiny_runs
 import torch
 import yaml
+from chopgrad_align.objective.objective import Statistics
 from torch import nn
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.memory import StorageCount
-from chopgrad_align.objective import Statistics
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.planner import choose, stand_ins
 from chopgrad_align.planner.report import fragment, in_words
 from chopgrad_align.planner.simulate import Figures, Memory
 from chopgrad_align.planner.weightless import Simulation, weightless
-from chopgrad_align.steps import LastSteps
+from chopgrad_align.sampling.steps import LastSteps
 from chopgrad_align.training.config import load_config
+from chopgrad_align.training.methods.direct import Trainee
 from chopgrad_align.training.models import load_objective
-from chopgrad_align.training.step import Trainee
 
 simulate = importlib.import_module("chopgrad_align.planner.simulate")  # the package has a function of this name
 GIB = 2**30
@@ -140,7 +140,7 @@ def test_losses_that_are_streamed_have_a_lever_where_they_are_taken(folder):
 
 def test_a_loss_without_an_argument_for_its_chunk_is_no_lever(folder, tmp_path):
     (tmp_path / "own.py").write_text(
-        "from chopgrad_align.losses.protocol import FrameLoss\n\n\n"
+        "from chopgrad_align.objective.losses.protocol import FrameLoss\n\n\n"
         "class Own(FrameLoss):\n"
         "    def __init__(self):\n"
         "        super().__init__(frames_per_chunk=8)\n\n"

@@ -11,26 +11,27 @@ from dataclasses import replace
 import pytest
 import tiny_pipelines
 import torch
+from chopgrad_align.objective.objective import LatentTerm, LossTerm, Objective, Term
 from diffusers import AutoencoderKLWan
 from gradients import relative_error
 from tiny_runs import ROOT, rows
 
 from chopgrad_align import Exact, Full, LastSteps, Truncated, load_reward
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.data.video import write_video
-from chopgrad_align.errors import UsageError
-from chopgrad_align.losses import load_loss
-from chopgrad_align.memory import StorageCount
-from chopgrad_align.objective import LatentTerm, LossTerm, Objective, Term
-from chopgrad_align.prediction import Denoise, OneStep, Sample
-from chopgrad_align.prediction.latents import encode
-from chopgrad_align.prediction.one_call import Straight, VariancePreserving, one_call, path_of
-from chopgrad_align.prediction.windows import predict_long, windows
-from chopgrad_align.training import step, streaming
+from chopgrad_align.objective.losses import load_loss
+from chopgrad_align.sampling.predictions import Denoise, OneStep, Sample
+from chopgrad_align.sampling.predictions.latents import encode
+from chopgrad_align.sampling.predictions.one_call import Straight, VariancePreserving, one_call, path_of
+from chopgrad_align.sampling.predictions.windows import predict_long, windows
 from chopgrad_align.training.config import load_config
-from chopgrad_align.training.loop import train
+from chopgrad_align.training.methods import direct as step
+from chopgrad_align.training.methods import streaming
+from chopgrad_align.training.methods.direct import MicroBatch, Trainee
 from chopgrad_align.training.phases import Phases
-from chopgrad_align.training.restore import HeldOutClips, restorers
-from chopgrad_align.training.step import MicroBatch, Trainee
+from chopgrad_align.training.predictors import HeldOutClips, restorers
+from chopgrad_align.training.run import train
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.prompts import Condition, read_conditions, read_prompts
-from chopgrad_align.errors import UsageError
 
 
 def write(path, content):

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from chopgrad_align.training.config import load_config
-from chopgrad_align.training.loop import train
 from chopgrad_align.training.lora import load_lora
+from chopgrad_align.training.run import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.procedural import texture_clip
 from chopgrad_align.data.video import write_video
-from chopgrad_align.errors import UsageError
 from chopgrad_align.evaluation.curves import draw_curves, read_metrics, smoothed
 from chopgrad_align.evaluation.heldout import _t_test_p, paired
 from chopgrad_align.evaluation.report import write_report

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.memory import StorageCount
-from chopgrad_align.reward import (
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.objective.reward import (
     FrameReward,
     SampledReward,
     check_reward,
@@ -17,8 +17,8 @@ from chopgrad_align.reward import (
     frame_sampler,
     load_reward,
 )
-from chopgrad_align.reward.frames import All, First, FirstLast, Last, Random, Stride, Uniform
-from chopgrad_align.reward.protocol import frames_read, score
+from chopgrad_align.objective.reward.frames import All, First, FirstLast, Last, Random, Stride, Uniform
+from chopgrad_align.objective.reward.protocol import frames_read, score
 
 
 class Match(FrameReward):
@@ -335,7 +335,7 @@ def test_two_packages_with_one_name(monkeypatch):
     entries = [
         importlib.metadata.EntryPoint("sharp", value, "chopgrad_align.rewards") for value in ("a.rewards:S", "b:Sharp")
     ]
-    monkeypatch.setattr("chopgrad_align.reward.loading.entry_points", lambda group: entries)
+    monkeypatch.setattr("chopgrad_align.objective.reward.loading.entry_points", lambda group: entries)
     with pytest.raises(UsageError, match=r"several packages publish a reward 'sharp': choose a\.rewards:S or b:Sharp"):
         load_reward("sharp")
 

@@ -21,8 +21,8 @@ from reward_checks import (
 from tiny_rewards import PROMPTS, assert_equal_within_rounding, laion_head, make_checkpoints, pil, video_of
 from torchvision.transforms.functional import to_tensor
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.reward import load_reward
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.objective.reward import load_reward
 
 # --- preprocessing ----------------------------------------------------------------------------------------------------
 

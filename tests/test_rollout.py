@@ -12,10 +12,10 @@ import tiny_vaes
 import torch
 from torch import Tensor
 
-from chopgrad_align.backprop import Exact, Full, Truncated
-from chopgrad_align.errors import UsageError
-from chopgrad_align.rollout import check_call, differentiable, rollout
-from chopgrad_align.steps import LastSteps
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.decoding.backprop import Exact, Full, Truncated
+from chopgrad_align.sampling.rollout import check_call, differentiable, rollout
+from chopgrad_align.sampling.steps import LastSteps
 
 # diffusers' Euler scheduler calls numpy.array on a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")

@@ -17,13 +17,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tiny_runs import lora, rows, saved_lora
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.video import read_video
-from chopgrad_align.errors import UsageError
-from chopgrad_align.training import batches, loop
+from chopgrad_align.training import batches
+from chopgrad_align.training import run as loop
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.folder import RunFolder
-from chopgrad_align.training.loop import train
 from chopgrad_align.training.lora import load_lora
+from chopgrad_align.training.run import train
 
 
 @pytest.fixture(scope="session")

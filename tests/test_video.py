@@ -4,9 +4,9 @@ import av
 import pytest
 import torch
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.procedural import random_scene, render, texture_clip
 from chopgrad_align.data.video import read_video, write_video
-from chopgrad_align.errors import UsageError
 from chopgrad_align.evaluation.sheet import contact_sheet
 
 

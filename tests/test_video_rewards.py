@@ -19,10 +19,10 @@ from chopgrad_rewards.whole_video import Recomputed, ResizeAndCrop
 from tiny_rewards import assert_equal_within_rounding, video_of
 from tiny_video_rewards import LABELS, PROMPTS, TEMPLATE, make_video_checkpoints, smooth_raft, video_reward_official
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.memory import StorageCount
-from chopgrad_align.reward import check_reward, load_reward
-from chopgrad_align.reward.protocol import frames_read
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.objective.reward import check_reward, load_reward
+from chopgrad_align.objective.reward.protocol import frames_read
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, ColorTrc
 from PIL import Image
 
+from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data import cache as cache_module
 from chopgrad_align.data import video_file
 from chopgrad_align.data.buckets import Box, Bucket, choose_bucket, crop_box, cut, resize
@@ -28,7 +29,6 @@ from chopgrad_align.data.procedural import texture_clip
 from chopgrad_align.data.source import BadFile, Row
 from chopgrad_align.data.table import is_one_split, read_dataset
 from chopgrad_align.data.videofolder import read_folder
-from chopgrad_align.errors import UsageError
 
 HEIGHT, WIDTH, RATE = 48, 64, 25
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import UsageError
 from ..data.buckets import Bucket, crop_box, cut
 from ..data.footage import open_footage
 from ..data.procedural import Scene, random_scene, render, texture_clip
 from ..data.source import BadFile
 from ..data.videofolder import read_folder
-from ..decode import FrameLoss, decode
-from ..decoders import decoder_of
-from ..decoders.base import Decoder, Group
-from ..errors import UsageError
+from ..decoding.decode import FrameLoss, decode
+from ..decoding.decoders import decoder_of
+from ..decoding.decoders.base import Decoder, Group
 from ..training.models import check_pipeline
 
 EMBEDDED = "embedded"

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backprop import Backprop, Full
 from ..data.procedural import render
-from ..decode import decode
-from ..rollout import differentiable
-from ..steps import LastSteps
+from ..decoding.backprop import Backprop, Full
+from ..decoding.decode import decode
+from ..sampling.rollout import differentiable
+from ..sampling.steps import LastSteps
 from .cases import Case, fit, losses, scenes_of
 from .rows import REFERENCE, Method
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backprop import Exact
-from ..decode import decode
+from ..decoding.backprop import Exact
+from ..decoding.decode import decode
 from .cases import units_of
 
 

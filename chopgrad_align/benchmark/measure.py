@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..decode import FrameLoss
-from ..memory import StorageCount
+from ..common.storage_count import StorageCount
+from ..decoding.decode import FrameLoss
 from .rows import Method
 
 

@@ -10,10 +10,10 @@ import torch
 import torch._dynamo.config
 from torch import Tensor, nn
 
-from ..backprop import Exact
-from ..decode import FrameLoss
-from ..decoders import known_decoder, register
-from ..decoders.base import Block, Decoder, Tiled
+from ..decoding.backprop import Exact
+from ..decoding.decode import FrameLoss
+from ..decoding.decoders import known_decoder, register_decoder
+from ..decoding.decoders.base import Block, Decoder, Tiled
 from .rows import Method, Row
 
 COMPILED = "torch.compile"
@@ -69,7 +69,7 @@ def compiled(vae: nn.Module) -> nn.Module:
         return decoder
 
     changed = type(f"Compiled{type(vae).__name__}", (type(vae),), {})
-    register(changed, make)
+    register_decoder(changed, make)
     vae.__class__ = changed
     return vae
 

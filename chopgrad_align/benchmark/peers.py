@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..backprop import Full
-from ..decode import FrameLoss, decode
+from ..decoding.backprop import Full
+from ..decoding.decode import FrameLoss, decode
 from .cases import units_of
 from .rows import Method, gradient, loss_of
 

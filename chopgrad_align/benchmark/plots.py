@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from ..files import whole_file
+from ..common.files import whole_file
 from .peers import PEERS
 from .rows import EXACT
 

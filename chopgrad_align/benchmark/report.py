@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
-from ..files import whole_file
+from ..common.errors import UsageError
+from ..common.files import whole_file
 from .cases import EMBEDDED
 from .peers import PEERS
 from .plots import draw_error, draw_influence, draw_memory, draw_ways, names_of

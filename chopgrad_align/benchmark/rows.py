@@ -8,8 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from ..backprop import Backprop, Exact, Full, Truncated
-from ..decode import FrameLoss, decode, decode_loss
+from ..decoding.backprop import Backprop, Exact, Full, Truncated
+from ..decoding.decode import FrameLoss, decode, decode_loss
 
 Method = Callable[[nn.Module, Tensor, FrameLoss], Tensor]
 """`f(vae, latents, loss) -> gradient`: the gradient of the loss of a clip with respect to its latents, made somehow."""

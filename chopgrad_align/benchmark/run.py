@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backprop import Truncated
-from ..decode import FrameLoss
-from ..errors import UsageError
+from ..common.errors import UsageError
+from ..decoding.backprop import Truncated
+from ..decoding.decode import FrameLoss
 from .cases import cases, encode, folder_of, load_clips, load_vae, losses
 from .error import measure_error, measure_lora_error
 from .influence import measure_influence
@@ -109,7 +109,7 @@ def _first_clip(
 
 def _with_lora(settings: Settings, folder: str) -> tuple[Any, list[nn.Parameter], dict[str, Any]]:
     """The pipeline, the weights of a LoRA on it, and the arguments of its call."""
-    from ..rollout import check_call
+    from ..sampling.rollout import check_call
     from ..training.config import Model
     from ..training.lora import add_lora, lora_config, lora_parameters
     from ..training.models import load_pipeline

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backprop import Exact, Truncated
-from ..decode import FrameLoss, decode
+from ..decoding.backprop import Exact, Truncated
+from ..decoding.decode import FrameLoss, decode
 from .measure import seconds
 from .rows import REFERENCE, Method, Row
 

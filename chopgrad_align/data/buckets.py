@@ -10,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 
 Crop = Literal["center", "random", "native"]
 

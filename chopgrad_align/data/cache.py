@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..files import whole_file
+from ..common.files import whole_file
 
 _SAMPLED = 64  # values of each weight that tell one checkpoint from another
 

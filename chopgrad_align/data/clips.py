@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .buckets import Box, Bucket, Crop, choose_bucket, crop_box, cut, resize
 from .degradations.base import Degradation
 from .degradations.masks import Mask, covered

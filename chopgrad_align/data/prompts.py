@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 
 
 @dataclass(frozen=True)

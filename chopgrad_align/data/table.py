@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .source import BadFile, Content, Row
 from .videofolder import check_columns
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from torch import Tensor
 
-from ..errors import UsageError
-from ..files import whole_file
+from ..common.errors import UsageError
+from ..common.files import whole_file
 from .source import BadFile
 from .video_file import all_frames
 

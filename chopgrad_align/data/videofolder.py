@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .prompts import _csv_rows, _json_rows
 from .source import STILL_SUFFIXES, Row
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import UsageError
+from ..common.storage_count import StorageCount
 from ..data import procedural
 from ..data.video import read_video
-from ..errors import UsageError
-from ..memory import StorageCount
-from ..reward import FrameReward, Reward, SampledReward
-from ..reward.checking import scores_and_gradient
-from ..reward.protocol import frames_read, score
+from ..objective.reward import FrameReward, Reward, SampledReward
+from ..objective.reward.checking import scores_and_gradient
+from ..objective.reward.protocol import frames_read, score
 
 _STEPS = (0.03, 0.01, 0.003, 0.001)  # of pixels in [0, 1]
 _DIRECTIONS = 4

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..common.errors import UsageError
+from ..common.files import whole_file
 from ..data.clips import Clip
 from ..data.video import write_video
-from ..errors import UsageError
-from ..files import whole_file
 from .crops import Crop, CropSearch
 from .estimates import TARGET, Table, make_table
 from .metrics import Metric, SetMetric

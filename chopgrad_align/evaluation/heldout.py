@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ..errors import UsageError
-from ..reward import Reward, load_reward
-from ..reward.loading import to_device
+from ..common.errors import UsageError
+from ..objective.reward import Reward, load_reward
+from ..objective.reward.loading import to_device
 
 
 def reward_on_device(name: str, arguments: Sequence[str], device: str | None) -> tuple[Reward, torch.device]:

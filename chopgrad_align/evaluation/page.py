@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from ..files import whole_file
+from ..common.files import whole_file
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import av
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .curves import read_metrics
 from .heldout import Paired, paired
 from .page import data_uri, write_page

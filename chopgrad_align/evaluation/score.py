@@ -9,11 +9,11 @@ from statistics import fmean, stdev
 
 import torch
 
+from ..common.errors import UsageError
 from ..data.prompts import read_rows
 from ..data.video import read_video
-from ..errors import UsageError
-from ..reward import Reward
-from ..reward.protocol import check_scores, score
+from ..objective.reward import Reward
+from ..objective.reward.protocol import check_scores, score
 
 _SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 

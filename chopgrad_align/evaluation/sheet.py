@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..common.errors import UsageError
+from ..common.files import whole_file
 from ..data.video import read_video
-from ..errors import UsageError
-from ..files import whole_file
 
 _INK, _PAPER, _GAP = "#222222", "#ffffff", 6
 

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
+from ..common.errors import UsageError
 from ..data.clips import Clip
 from ..data.footage import open_footage
 from ..data.source import BadFile, Source
 from ..data.videofolder import read_folder
-from ..errors import UsageError
 from .compare import Method
 
 

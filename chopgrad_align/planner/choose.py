@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import yaml
 
 from ..training.config import Config, load_config, to_yaml
-from ..training.streaming import one_pass
+from ..training.methods.streaming import one_pass
 from .simulate import Figures, simulate
 
 Setting = dict[str, Any]

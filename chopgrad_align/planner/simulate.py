@@ -16,22 +16,22 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ..backprop import Backprop
-from ..errors import UsageError
-from ..losses.protocol import FrameLoss
-from ..memory import StorageCount
-from ..objective import LossTerm, Objective, Statistics, Term
-from ..reward import FrameReward
-from ..rollout import check_call
-from ..steps import LastSteps
+from ..common.errors import UsageError
+from ..common.storage_count import StorageCount
+from ..decoding.backprop import Backprop
+from ..decoding.selected_frames import decode_read
+from ..objective.losses.protocol import FrameLoss
+from ..objective.objective import LossTerm, Objective, Statistics, Term
+from ..objective.reward import FrameReward
+from ..sampling.rollout import check_call
+from ..sampling.steps import LastSteps
 from ..training.config import Clips, Config
 from ..training.data import buckets
 from ..training.encoded_prompts import release_text_encoders, text_encoders
 from ..training.lora import add_lora, lora_config, lora_parameters
+from ..training.methods.direct import MicroBatch, Trainee
+from ..training.methods.streaming import can_stream
 from ..training.models import check_prediction, load_objective, load_pipeline
-from ..training.partial import decode_read
-from ..training.step import MicroBatch, Trainee
-from ..training.streaming import can_stream
 from .stand_ins import known_models, write_hub, write_pipeline
 from .weightless import Simulation, make_weightless, simulated, weightless
 

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
+from ..common.errors import UsageError
 from ..data.clips import Clip, Clips
 from ..data.order import mix
 from ..data.prompts import Condition
-from ..errors import UsageError
-from ..objective import Objective
-from .step import MicroBatch
+from ..objective.objective import Objective
+from .methods.direct import MicroBatch
 
 _HELD_OUT = 1_000_000_000  # far from the seeds of training
 

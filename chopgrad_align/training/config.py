@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from .. import prediction
-from ..backprop import Backprop, Exact, Full, Truncated
-from ..errors import UsageError
-from ..prediction.latents import Encoder
+from ..common.errors import UsageError
+from ..decoding.backprop import Backprop, Exact, Full, Truncated
+from ..sampling import predictions as prediction
+from ..sampling.predictions.latents import Encoder
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]

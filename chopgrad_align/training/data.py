@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..common.errors import UsageError
 from ..data.buckets import Bucket
 from ..data.cache import Cache
 from ..data.clips import Clips
 from ..data.prompts import Condition, read_conditions
 from ..data.source import Row
-from ..errors import UsageError
-from ..objective import Objective
-from ..prediction.columns import expect_role
-from ..prediction.latents import Encoder
+from ..objective.objective import Objective
+from ..sampling.predictions.columns import expect_role
+from ..sampling.predictions.latents import Encoder
 from .batches import Batches, ClipBatches, PromptBatches
 from .config import Clips as ClipsConfig
 from .config import Config

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
+from ..common.errors import UsageError
 from ..data.cache import Cache, fingerprint
-from ..errors import UsageError
 
 _ALONE = "alone"  # the name of an embedding that is returned as it is, not in a tuple
 

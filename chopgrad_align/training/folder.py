@@ -14,8 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import UsageError
-from ..files import whole_file
+from ..common.errors import UsageError
+from ..common.files import whole_file
 
 _OTHER_BYTES = 100 * 2**20  # sample videos and report
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..common.errors import UsageError
 from .lean_lora import keep_inputs_as_they_are
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"

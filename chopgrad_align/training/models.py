@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import UsageError
-from ..losses import load_loss
-from ..objective import LatentTerm, LossTerm, Objective, Term
-from ..prediction.latents import known_family
-from ..prediction.one_call import path_of
-from ..reward import load_reward
-from ..reward.loading import to_device
+from ..common.errors import UsageError
+from ..objective.losses import load_loss
+from ..objective.objective import LatentTerm, LossTerm, Objective, Term
+from ..objective.reward import load_reward
+from ..objective.reward.loading import to_device
+from ..sampling.predictions.latents import known_family
+from ..sampling.predictions.one_call import path_of
 from .config import Config, Loss, Model, Reward
 from .lora import fuse_lora, lora_file
 

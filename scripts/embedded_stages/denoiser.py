@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chopgrad_align.errors import UsageError
+from chopgrad_align.common.errors import UsageError
 
 from .clips import FRAMES, SIZE, caption_tokenizer, training_scene
 from .decoder import trained_vae

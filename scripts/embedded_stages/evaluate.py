@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chopgrad_align.data import procedural
-from chopgrad_align.reward import Reward
+from chopgrad_align.objective.reward import Reward
 
 from .clips import FRAMES, SIZE
 from .denoiser import CALL

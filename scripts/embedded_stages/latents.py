@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.common.files import whole_file
 from chopgrad_align.data import procedural
-from chopgrad_align.errors import UsageError
-from chopgrad_align.files import whole_file
 
 from .clips import FRAMES, SIZE, training_scene
 from .loop import trained

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from chopgrad_align.errors import UsageError
-from chopgrad_align.files import whole_file
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.common.files import whole_file
 
 
 def train(

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from ...errors import UsageError
+from ...common.errors import UsageError
 from .base import Chain, Degradation, Maybe, OneOf
 from .blur import Blur, Sinc
 from .boxes import BoxMask

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ...common.errors import UsageError
 
 Range = tuple[float, float]
 """Lowest and highest value; drawn uniformly between them."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import UsageError
+from ...common.errors import UsageError
 from .base import Range, chance, check_ranges, check_weights, uniform, weighted
 
 

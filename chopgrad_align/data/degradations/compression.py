@@ -15,7 +15,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from torch import Tensor
 
-from ...errors import UsageError
+from ...common.errors import UsageError
 from ..video_file import upright_rgb
 from .base import check_ranges, integer
 

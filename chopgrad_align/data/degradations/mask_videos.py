@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ...common.errors import UsageError
 from ..buckets import resize
 from ..footage import Footage, open_footage
 from ..source import BadFile

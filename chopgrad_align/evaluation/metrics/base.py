@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ...common.errors import UsageError
 
 HUB_CACHE = "its weights in the folder hub/checkpoints of TORCH_HOME, or a way to download them"
 """What metrics expect whose library finds the weights by itself."""

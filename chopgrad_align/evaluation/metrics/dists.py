@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checkpoints import loading
+from ...common.weight_files import loading
 from .base import HUB_CACHE, Metric, expect_size, mean_over_frames
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ...common.errors import UsageError
 from .base import SetMetric
 from .video_features import load_features
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...errors import UsageError
+from ...common.errors import UsageError
 from .base import Metric, SetMetric
 from .dists import DISTS
 from .flicker import Flicker

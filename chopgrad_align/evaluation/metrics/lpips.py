@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...checkpoints import loading
-from ...errors import UsageError
+from ...common.errors import UsageError
+from ...common.weight_files import loading
 from .base import HUB_CACHE, Metric, expect_size, mean_over_frames
 
 Backbone = Literal["alex", "vgg", "squeeze"]

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
-from ...prediction.windows import windows
+from ...common.errors import UsageError
+from ...sampling.predictions.windows import windows
 from .base import Metric
 
 

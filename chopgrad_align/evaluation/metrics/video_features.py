@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...checkpoints import loading
-from ...errors import UsageError
+from ...common.errors import UsageError
+from ...common.weight_files import loading
 
 Features = Callable[[Tensor], Tensor]
 """`(F, 3, H, W)` in [0, 1] -> `(D,)`."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
-from ...optical_flow import OpticalFlow, occluded, warp
+from ...common.errors import UsageError
+from ...common.optical_flow import OpticalFlow, occluded, warp
 from .base import Metric, expect_size
 
 _SMALLEST = 16  # pixels of a side, of DIS

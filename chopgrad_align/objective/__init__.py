@@ -1,0 +1,1 @@
+"""The quantity that is optimised: weighted terms, the reward protocol, and pixel losses."""

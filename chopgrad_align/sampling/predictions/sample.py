@@ -1,0 +1,55 @@
+"""Predict by the pipeline's whole sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.errors import UsageError
+from ...objective.objective import Reference
+from .columns import arguments
+from .latents import continued, encode, frame_axis
+from .one_call import Straight, path_of
+from .protocol import Begun, Videos
+
+
+@dataclass(frozen=True)
+class Sample:
+    """From noise, by the pipeline's own sampler; the gradient reaches its last steps.
+
+    Args:
+        columns: Which argument of the pipeline's call is which role of the data; see `arguments`.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
+        """As `Prediction.begin`."""
+        reference = Reference(videos.get("target"), videos.get("mask"))
+        inputs = arguments(self.columns, videos)
+        if "context" in videos:
+            inputs["callback_on_step_end"] = _replacing(pipe, encode(pipe, videos["context"]), seeds)
+        yield Begun(inputs, lambda: reference)
+
+
+def _replacing(pipe: Any, known: Tensor, seeds: Sequence[int]) -> Any:
+    """A callback that keeps the first latents, those of frames that are known, at the noise of each step."""
+    path, axis = path_of(pipe.scheduler), frame_axis(pipe)
+    if not isinstance(path, Straight):
+        raise UsageError("long videos by mode=sample need a model of flow matching; use mode=one_step")
+    noise = torch.stack(
+        [torch.randn(known.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    ).to(known)
+
+    def replace(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Not of the loop's own count, which starts at 0 in the middle of the schedule too.
+        noised = path.noised(known, noise, float(pipe.scheduler.sigmas[pipe.scheduler.step_index]))
+        return {"latents": continued(noised.to(tensors["latents"]), tensors["latents"], axis)}
+
+    return replace

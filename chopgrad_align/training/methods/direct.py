@@ -1,0 +1,108 @@
+"""One micro-batch of a training step: videos are sampled with a gradient, scored, and the gradient is pulled back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...decoding.backprop import Backprop
+from ...decoding.selected_frames import decode_read
+from ...objective.objective import Objective, Statistics
+from ...sampling.predictions import Prediction, Sample
+from ...sampling.predictions.protocol import Videos
+from ...sampling.rollout import differentiable
+from ...sampling.steps import LastSteps
+from .streaming import StreamedLosses, can_stream
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What differs from one micro-batch to the next.
+
+    Attributes:
+        inputs: Of the pipeline's call, for these videos: prompts or their embeddings, images, generators.
+        prompts: What the rewards are told.
+        frame_seeds: Decide which frames random samplers choose, one a video.
+        weights: How much each term counts in each video; default 1.
+        seeds: Of what the prediction draws, one a video.
+        videos: Of data with clips: `(B, F, C, H, W)` in [0, 1] for each role.
+    """
+
+    inputs: Mapping[str, Any]
+    prompts: list[str]
+    frame_seeds: list[int]
+    weights: Mapping[str, list[float]] | None = None
+    seeds: Sequence[int] = ()
+    videos: Videos = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained, and how: the same in every step.
+
+    Attributes:
+        call: Arguments of the pipeline's call.
+        steps: Denoising steps that carry gradient.
+        backprop: How to backpropagate through the decoder.
+        batch_size: Videos for one optimizer step, over all processes; the loss is their mean.
+        phases: A context for each named part, for what measures them.
+        decode: How to decode; `decode_read` with all its arguments.
+        prediction: How the pipeline's call predicts a video.
+    """
+
+    pipe: Any
+    call: Mapping[str, Any]
+    objective: Objective
+    steps: LastSteps
+    backprop: Backprop
+    batch_size: int
+    phases: Callable[[str], AbstractContextManager[None]]
+    decode: Callable[..., Tensor] = decode_read
+    prediction: Prediction = field(default_factory=Sample)
+
+    def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
+        """Add the gradient of a micro-batch to the trained weights.
+
+        Args:
+            statistics: Of each normalized term.
+
+        Returns:
+            A row for each video, float32: the objective, the score of each term, the value of each term.
+        """
+
+        call = {**self.call, **batch.inputs}
+        read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
+
+        whole = functools.partial(self.decode, read=read, expected=call.get("num_frames"))
+        streamed = None
+        if "target" in batch.videos and can_stream(self.objective, self.backprop):
+            streamed = StreamedLosses(self.objective, batch.videos["target"], batch.videos.get("mask"), batch.weights)
+
+        def decode(*args: Any, **kwargs: Any) -> Tensor:
+            with self.phases("decoding"):
+                return whole(*args, **kwargs) if streamed is None else streamed.decode(whole, *args, **kwargs)
+
+        with (
+            self.phases("sampling"),
+            self.prediction.begin(self.pipe, batch.videos, batch.seeds, True, self.objective.reads_latents) as begun,
+            differentiable(self.pipe, self.steps, self.backprop, decode) as sample,
+        ):
+            output_type = "pt" if self.objective.reads_pixels else "latent"
+            video = sample(**{**call, **begun.inputs}, output_type=output_type).frames
+        with self.phases("reward"):
+            known = {} if streamed is None else streamed.scores
+            scores = self.objective.scores(video, batch.prompts, batch.frame_seeds, begun.reference(), known)
+            values = self.objective.values(scores, batch.weights, statistics)
+            total = torch.stack([*values.values()]).sum(0)
+        with self.phases("backward"):
+            # The streamed losses are part of the total's value, but not of its graph.
+            whole_batch = total.sum() if streamed is None else total.sum() + streamed.value
+            (-whole_batch / self.batch_size).backward()
+        columns = [total, *scores.values(), *values.values()]
+        return torch.stack([column.detach().float() for column in columns], 1)

@@ -1,0 +1,109 @@
+"""Predict clips as a run's config says: what the evaluation compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.errors import UsageError
+from ..data.clips import Clip
+from ..sampling.predictions import Denoise
+from ..sampling.predictions.windows import predict_long
+from .batches import clip_batch, held_out_clip, held_out_seed
+from .config import Config
+from .data import held_out_clips
+from .lora import load_lora, lora_file
+from .measurement import predict
+from .models import check_model, load_pipeline
+
+
+class HeldOutClips:
+    """The held-out clips of a config, in the order of its held-out pairs; read when they are asked for.
+
+    Args:
+        config: With a section `data.clips`.
+        count: How many; beyond the number of files, each time another clip of them. Default: one a file.
+
+    Raises:
+        UsageError: The data are not clips, or none can be read.
+    """
+
+    def __init__(self, config: Config, count: int | None = None) -> None:
+        self._clips = held_out_clips(config)
+        self._count = len(self._clips) if count is None else count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (held_out_clip(self._clips, place) for place in range(self._count))
+
+
+def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Callable[[Clip], Tensor]]:
+    """What each LoRA makes of a clip, on one pipeline that is loaded once.
+
+    Args:
+        config: Its model and prediction are used, and the captions of its data.
+        loras: Folder or file of each; None is the model as it is.
+
+    Returns:
+        For each name a function from a clip to a video `(F, 3, H, W)` in [0, 1], float32 on the CPU; of a clip that is
+        longer than `model.call.num_frames`, window by window. What it draws is a function of the place of the call, so
+        that all methods start from the same noise.
+
+    Raises:
+        UsageError: Files that are not there or do not fit the pipeline, or a prediction from the target.
+    """
+    prediction, call = config.prediction.policy(), dict(config.model.call)
+    if isinstance(prediction, Denoise):
+        raise UsageError(
+            "prediction.mode=denoise starts from the target, and would be given what it is to find; add "
+            "prediction.mode=one_step or prediction.mode=sample"
+        )
+    check_model(config.model)
+    files = {name: None if lora is None else lora_file(lora) for name, lora in loras.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(config.model).to(device)
+    adapters = {name: f"method_{i}" for i, name in enumerate(files)}  # peft takes no dots in its names
+    for name, file in files.items():
+        if file is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
+                load_lora(pipe, file, adapters[name])
+    caption = config.data.clips.caption if config.data.clips else None
+
+    def restorer(name: str) -> Callable[[Clip], Tensor]:
+        place = 0
+
+        def restore(clip: Clip) -> Tensor:
+            nonlocal place
+            if any(file is not None for file in files.values()):
+                if files[name] is None:
+                    pipe.disable_lora()
+                else:
+                    pipe.enable_lora()
+                    pipe.set_adapters(adapters[name])
+            seeds, texts = [held_out_seed(place)], [clip.caption if caption is None else caption]
+            place += 1
+
+            def run(videos: Mapping[str, Tensor]) -> Tensor:
+                part = dataclasses.replace(clip, videos={role: video[0] for role, video in videos.items()})
+                with torch.no_grad():
+                    video, _ = predict(pipe, call, prediction, clip_batch(pipe, [part], texts, seeds))
+                return video.float().cpu().clamp(0, 1)
+
+            whole = {role: video[None] for role, video in clip.videos.items()}
+            window = call.get("num_frames", len(clip.videos["target"]))
+            if len(clip.videos["target"]) <= window:
+                return run(whole)[0]
+            stride = pipe.vae_scale_factor_temporal
+            return predict_long(run, whole, window, config.prediction.overlap, stride)[0]
+
+        return restore
+
+    return {name: restorer(name) for name in files}
