@@ -9,7 +9,6 @@ import tiny_rewards
 import tiny_runs
 import tiny_vaes
 import torch
-from chopgrad_align.objective.objective import Objective
 from test_rollout import close
 from tiny_runs import lora, rows, saved_lora
 
@@ -18,6 +17,7 @@ from chopgrad_align.data.video import read_video
 from chopgrad_align.decoding import selected_frames as partial
 from chopgrad_align.decoding.backprop import Exact, Full
 from chopgrad_align.decoding.decode import decode
+from chopgrad_align.objective.objective import Objective
 from chopgrad_align.training.batches import PromptBatches
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.run import train

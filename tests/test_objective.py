@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from chopgrad_align.objective.objective import Objective, Statistics, Term
 
 from chopgrad_align.common.errors import UsageError
+from chopgrad_align.objective.objective import Objective, Statistics, Term
 from chopgrad_align.objective.reward import FrameReward
 
 PROMPTS = ["a", "bb"]

@@ -145,12 +145,12 @@ def test_functions_keep_their_names_whatever_is_imported_first(tmp_path):
         """
 import importlib, itertools, sys, types
 import torch
-modules = ["chopgrad_align", "chopgrad_align.decoding.decode", "chopgrad_align.sampling.rollout", "chopgrad_align.objective.reward"]
+modules = ["", ".decoding.decode", ".sampling.rollout", ".objective.reward"]
 for order in itertools.permutations(modules):
     for name in [name for name in sys.modules if name.split(".")[0] == "chopgrad_align"]:
         del sys.modules[name]
     for name in order:
-        importlib.import_module(name)
+        importlib.import_module(f"chopgrad_align{name}")
     from chopgrad_align import decode, rollout
     assert isinstance(decode, types.FunctionType) and isinstance(rollout, types.FunctionType), order
 """,

@@ -16,11 +16,11 @@ import tiny_rewards
 import tiny_runs
 import torch
 import yaml
-from chopgrad_align.objective.objective import Statistics
 from torch import nn
 
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.objective.objective import Statistics
 from chopgrad_align.planner import choose, stand_ins
 from chopgrad_align.planner.report import fragment, in_words
 from chopgrad_align.planner.simulate import Figures, Memory

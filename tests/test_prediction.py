@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import tiny_pipelines
 import torch
-from chopgrad_align.objective.objective import LatentTerm, LossTerm, Objective, Term
 from diffusers import AutoencoderKLWan
 from gradients import relative_error
 from tiny_runs import ROOT, rows
@@ -21,6 +20,7 @@ from chopgrad_align.common.errors import UsageError
 from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.data.video import write_video
 from chopgrad_align.objective.losses import load_loss
+from chopgrad_align.objective.objective import LatentTerm, LossTerm, Objective, Term
 from chopgrad_align.sampling.predictions import Denoise, OneStep, Sample
 from chopgrad_align.sampling.predictions.latents import encode
 from chopgrad_align.sampling.predictions.one_call import Straight, VariancePreserving, one_call, path_of
