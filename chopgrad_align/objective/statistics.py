@@ -29,7 +29,7 @@ class Statistics:
 
     @classmethod
     def of(cls, name: str, scores: Sequence[float]) -> Statistics:
-        """Of the first scores, two or more.
+        """Statistics of the first scores, two or more.
 
         Raises:
             UsageError: They are all the same.
