@@ -15,8 +15,8 @@ EXACT = [
     Exact(cache="host"),
     Exact(cache="recompute"),
     Exact(cache="recompute", checkpoint=False),
-    Exact(lean=False),
-    Exact(checkpoint=False, lean=False),
+    Exact(memory_efficient_layers=False),
+    Exact(checkpoint=False, memory_efficient_layers=False),
     Exact(cache="host", rows=3),
 ]
 CASES = {

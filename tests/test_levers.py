@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from chopgrad_align import Exact, Truncated, UsageError, decode
 from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.decoding import offload
-from chopgrad_align.decoding.lean import Lean, framewise
+from chopgrad_align.decoding.memory_efficient_layers import MemoryEfficientLayers, framewise
 from chopgrad_align.decoding.offload import Device, Host
 
 GIB = 2**30
@@ -31,12 +31,12 @@ def test_a_frozen_convolution_has_the_same_gradient_and_keeps_no_input(dimension
     trained = weighted(layer(x))
     expected = gradient(trained, x)
     layer.requires_grad_(False)
-    with Lean():
+    with MemoryEfficientLayers():
         loss = weighted(layer(x))
     assert torch.equal(gradient(loss, x), expected)
 
     saved = []
-    with Lean(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
+    with MemoryEfficientLayers(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
         layer(x)
     assert [t.data_ptr() for t in saved] == [layer.weight.data_ptr()]
 
@@ -45,7 +45,7 @@ def test_a_trained_convolution_keeps_what_its_weight_needs():
     layer = nn.Conv3d(3, 5, 3)
     x = torch.randn(1, 3, 4, 5, 5, requires_grad=True)
     expected = torch.autograd.grad(weighted(layer(x)), [x, layer.weight, layer.bias])
-    with Lean():
+    with MemoryEfficientLayers():
         got = torch.autograd.grad(weighted(layer(x)), [x, layer.weight, layer.bias])
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -54,7 +54,7 @@ def test_framewise_layers_keep_their_input_only():
     layers = (nn.GroupNorm(1, 4), nn.SiLU())  # of a frame alone, the normalisation is framewise
     x = torch.randn(1, 4, 5, 6, 6, requires_grad=True)
     expected = torch.cat([framewise(layers, frame) for frame in x.split(1, 2)], 2)
-    with Lean():
+    with MemoryEfficientLayers():
         result = framewise(layers, x)
     assert torch.equal(result, expected)
     assert relative_error(gradient(weighted(result), x), gradient(weighted(expected), x)) < 1e-6
@@ -65,7 +65,7 @@ def test_framewise_layers_keep_their_input_only():
         kept = framewise(norm, wide)
         assert usual.now > 2 * kept.nbytes
     del kept
-    with StorageCount() as lean, Lean():
+    with StorageCount() as lean, MemoryEfficientLayers():
         kept = framewise(norm, wide)
         assert lean.now == kept.nbytes  # the result alone...
     assert lean.peak <= 2.5 * kept.nbytes  # ...and on the way its frames, and scratch of one
@@ -92,7 +92,7 @@ def test_rows_change_nothing(make, rows, full_precision):
     channels = vae.config.z_dim
     latents = torch.randn(2, channels, 3, 3, 2, dtype=torch.float64, requires_grad=True)
     expected = gradient(weighted(vae.decode(latents).sample), latents)
-    for backprop in (Exact(rows=rows), Exact(rows=rows, cache="host"), Exact(rows=rows, lean=False)):
+    for backprop in (Exact(rows=rows), Exact(rows=rows, cache="host"), Exact(rows=rows, memory_efficient_layers=False)):
         pixels = decode(vae, latents, backprop)
         assert torch.equal(pixels, vae.decode(latents).sample)
         assert relative_error(gradient(weighted(pixels), latents), expected) < 1e-12
@@ -133,11 +133,11 @@ def test_impossible_rows_are_refused():
 @pytest.mark.parametrize("place", [Device(), Host(torch.device("cpu"))], ids=["device", "host"])
 def test_what_was_put_away_comes_back(place):
     values = [(torch.arange(6.0).view(2, 3), "Rep"), None, {"a": torch.ones(2, dtype=torch.bfloat16).expand(4, 2)}]
-    stored = place.put(values)
-    place.fetch(stored)
+    stored = place.offload(values)
+    place.prefetch(stored)
     for _ in range(2):
-        place.settle()
-        back = place.get(stored)
+        place.synchronize()
+        back = place.load(stored)
         assert torch.equal(back[0][0], values[0][0])
         assert back[0][1] == "Rep"
         assert back[1] is None
@@ -184,21 +184,21 @@ def test_the_copies_of_another_stream(backprop, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     pixels = decode(vae, latents, backprop)
-    assert all(not place._leaving for place in places)
+    assert all(not place._in_transit for place in places)
     assert torch.equal(gradient(weighted(pixels), latents), expected)
     assert stream.waited > 0
     assert stream.recorded > stream.waited
-    assert not any(place._leaving or place._fetched for place in places)
+    assert not any(place._in_transit or place._prefetched for place in places)
 
 
 def test_what_is_on_its_way_out_is_held_and_counts_without_cuda_too():
     place = Host(torch.device("cpu"))
     with StorageCount() as count:
         for _ in range(5):
-            place.put(torch.zeros(1000))
+            place.offload(torch.zeros(1000))
         assert count.now == 4000  # the last one
         assert count.peak == 8000  # and the next one, which was made meanwhile
-        place.settle()
+        place.synchronize()
         assert count.now == 0
 
 
@@ -207,13 +207,13 @@ def test_pieces_are_powers_of_two_and_make_up_the_tensor(layout):
     tensor = torch.randn(1, 6, 5, 310, 311).to(memory_format=layout)
     place = Host(torch.device("cpu"))
     with StorageCount() as storage:
-        stored = place.put(tensor)
+        stored = place.offload(tensor)
         assert storage.host == tensor.nbytes
         *large, last = (piece.nbytes for piece in stored.leaves[0]._pieces)
     assert len(large) > 1
     assert all(size & (size - 1) == 0 for size in large)
     assert last <= 2**20
-    back = place.get(stored)
+    back = place.load(stored)
     assert torch.equal(back, tensor)
     assert back.stride() == tensor.stride()
 
@@ -221,11 +221,11 @@ def test_pieces_are_powers_of_two_and_make_up_the_tensor(layout):
 def test_the_count_tells_host_from_device():
     with StorageCount() as storage:
         x = torch.zeros(1000)
-        stored = Host(torch.device("cpu")).put(x)
+        stored = Host(torch.device("cpu")).offload(x)
         assert (storage.now, storage.host) == (4000, 4000)
         del x
         assert (storage.now, storage.host) == (0, 4000)
-        back = Host(torch.device("cpu")).get(stored)
+        back = Host(torch.device("cpu")).load(stored)
         assert storage.now == back.nbytes
     assert (storage.peak, storage.host_peak) == (4000, 4000)
 
@@ -269,7 +269,7 @@ def test_memory_of_81_frames_of_wan(height, width, goal):
 
 def test_every_lever_saves_memory_at_the_real_size():
     levers = [
-        Exact(checkpoint=False, lean=False),
+        Exact(checkpoint=False, memory_efficient_layers=False),
         Exact(checkpoint=False),
         Exact(),
         Exact(cache="host"),
