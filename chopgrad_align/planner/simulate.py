@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..common.errors import UsageError
 from ..common.storage_count import StorageCount
 from ..decoding.backprop import Backprop
-from ..decoding.selected_frames import decode_read
+from ..decoding.selected_frames import decode_selected_frames
 from ..objective.losses.protocol import FrameLoss
 from ..objective.objective import Objective
 from ..objective.reward import FrameReward
@@ -292,7 +292,7 @@ def _marking_the_backward_pass(peaks: PhasePeaks) -> Callable[..., Tensor]:
     """Decode so that the backward pass says, as it reaches pixels and latents, what it goes through next."""
 
     def decode(vae: nn.Module, latents: Tensor, backprop: Backprop, **kwargs: Any) -> Tensor:
-        pixels = decode_read(vae, latents, backprop, **kwargs)
+        pixels = decode_selected_frames(vae, latents, backprop, **kwargs)
         latents.register_hook(lambda gradient: peaks.turn("denoiser backward"))
         pixels.register_hook(lambda gradient: peaks.turn("decoder backward"))
         return pixels

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from ..common.errors import UsageError
 from ..common.versions import versions
 from ..decoding.backprop import Backprop, Exact, expect_policy
-from ..decoding.clamp import clamp_of, denormalized
+from ..decoding.clamp import denormalized
 from ..decoding.decode import decode
 from ..decoding.decoders import known_decoder
 from .steps import LastSteps
@@ -188,7 +188,7 @@ def differentiable(
         stack.callback(_release, scheduler)
         stack.enter_context(_replaced(pipe.vae, "decode", decode_latents))
         # The same clamp with the policy's gradient: the pipeline's own would stop what the decoder's let through.
-        denormalize = functools.partial(denormalized, clamp=clamp_of(backprop, 0.0, 1.0))
+        denormalize = functools.partial(denormalized, clamp=backprop.clamp(0.0, 1.0))
         stack.enter_context(mock.patch.object(pipe.video_processor, "denormalize", denormalize))
         for denoiser in denoisers.values():
             stack.enter_context(_replaced(denoiser, "forward", forward))
