@@ -7,7 +7,7 @@ import math
 import typing
 from collections.abc import Collection, Mapping
 from types import NoneType, UnionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def _declared(annotation: Any) -> set[Any]:
     return set(typing.get_args(annotation)) if union else {annotation}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
