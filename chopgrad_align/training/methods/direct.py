@@ -90,7 +90,7 @@ class Trainee:
 
         with (
             self.phases("sampling"),
-            self.prediction.begin(self.pipe, batch.videos, batch.seeds, True, self.objective.reads_latents) as begun,
+            self.prediction.prepare(self.pipe, batch.videos, batch.seeds, True, self.objective.reads_latents) as begun,
             differentiable(self.pipe, self.steps, self.backprop, decode) as sample,
         ):
             output_type = "pt" if self.objective.reads_pixels else "latent"
