@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .common.errors import UsageError
-from .decoding.backprop import Exact, Full, Truncated
+from .decoding.backprop import Backprop, Exact, Full, Groupwise, Truncated
 from .decoding.decode import decode, decode_loss
 from .decoding.decoders import register_decoder
 from .decoding.decoders.base import Decoder
@@ -41,6 +41,7 @@ _LATER = {
 }
 
 __all__ = [
+    "Backprop",
     "Decoder",
     "Exact",
     "FrameLoss",
@@ -48,6 +49,7 @@ __all__ = [
     "FrameSampler",
     "Frames",
     "Full",
+    "Groupwise",
     "LastSteps",
     "Loss",
     "LowVariance",

@@ -391,7 +391,7 @@ def test_free_init_is_refused():
     [
         ("wan_unipc", {"output_type": "np"}, "sets output_type itself"),
         ("wan_unipc", {"return_dict": False}, "sets return_dict itself"),
-        ("wan_unipc", {"promt": "x"}, "no argument 'promt'; the nearest is 'prompt'"),
+        ("wan_unipc", {"promt": "x"}, "no argument 'promt'; did you mean 'prompt'"),
         ("svd", {"prompt": "x"}, "no argument 'prompt'"),
         ("wan_unipc", {"num_frames": 6}, "round num_frames=6; it makes 4k \\+ 1, the nearest is 5"),
         ("wan_unipc", {"num_frames": 8}, "the nearest is 9"),

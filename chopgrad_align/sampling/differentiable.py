@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..common.errors import UsageError
 from ..decoding.backprop import Backprop, expect_policy
-from ..decoding.clamp import clamp_of, denormalized
+from ..decoding.clamp import denormalized
 from ..decoding.decode import decode
 from .denoisers import denoisers_of, refuse_hooks
 from .gradient_steps import GradientSteps
@@ -111,7 +111,7 @@ def _decoded_by(pipe: Any, decode: Callable[..., Tensor], backprop: Backprop) ->
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     # The same clamp with the policy's gradient: the pipeline's own would stop what the decoder's let through.
-    denormalize = functools.partial(denormalized, clamp=clamp_of(backprop, 0.0, 1.0))
+    denormalize = functools.partial(denormalized, clamp=backprop.clamp(0.0, 1.0))
     with (
         replaced(pipe.vae, "decode", decode_latents),
         mock.patch.object(pipe.video_processor, "denormalize", denormalize),

@@ -42,7 +42,7 @@ def expect_role(key: str, role: str, roles: Iterable[str], data: str = "It") -> 
     known = list(roles)
     if role not in known:
         raise UsageError(
-            f"prediction.{key}: the data has no role {role!r}{nearest(role, known, 'did you mean')}. {data} has: "
+            f"prediction.{key}: the data has no role {role!r}{nearest(role, known) or '.'} {data} has: "
             f"{', '.join(known) or 'none'}"
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...objective.objective import Reference
+from ...objective.terms import Reference
 from .latents import continued, frame_axis
 from .probability_paths import ProbabilityPath
 from .protocol import Videos
