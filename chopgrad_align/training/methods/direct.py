@@ -65,10 +65,10 @@ class DirectGradient:
                 return streamed.decode(whole, *args, **kwargs)
 
         latents = self.objective.reads_latents
-        with self.prediction.begin(self.pipe, batch.videos, batch.seeds, True, latents) as begun:
+        with self.prediction.prepare(self.pipe, batch.videos, batch.seeds, True, latents) as prepared:
             made = clips(
                 self.pipe,
-                {**call, **begun.inputs},
+                {**call, **prepared.inputs},
                 self.steps,
                 self.backprop,
                 decode=decode,
@@ -77,7 +77,7 @@ class DirectGradient:
             )
             rows = []
             while (clip := self._next(made)) is not None:
-                rows.append(clip.share * self._backward(clip, batch, begun.reference(), streamed, statistics))
+                rows.append(clip.share * self._backward(clip, batch, prepared.reference(), streamed, statistics))
         return torch.stack(rows).sum(0)
 
     def _next(self, made: Iterator[Clips]) -> Clips | None:
