@@ -74,7 +74,8 @@ def within(modules: set[str], *allowed: str) -> bool:
 # The mathematics, from the bottom up: torch, and what stands before it here. So it can be read, and used, without any
 # model library.
 CORE = [
-    *("common.errors", "common.arguments", "common.storage_count", "common.versions", "common", "objective"),
+    *("common.errors", "common.arguments", "common.loading", "common.storage_count", "common.versions", "common"),
+    "objective",
     *("decoding", "decoding.backprop", "sampling", "sampling.steps"),
     *(f"objective.reward{part}" for part in (".frames", ".protocol", ".loading", ".checking", "")),
     *(f"objective.losses{part}" for part in (".protocol", ".loading", "")),

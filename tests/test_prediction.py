@@ -20,7 +20,8 @@ from chopgrad_align.common.errors import UsageError
 from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.data.video import write_video
 from chopgrad_align.objective.losses import load_loss
-from chopgrad_align.objective.objective import LatentTerm, LossTerm, Objective, Term
+from chopgrad_align.objective.objective import Objective
+from chopgrad_align.objective.terms import LatentTerm, LossTerm, RewardTerm
 from chopgrad_align.sampling.predictions import Denoise, OneStep, Sample
 from chopgrad_align.sampling.predictions.latents import encode
 from chopgrad_align.sampling.predictions.one_call import Straight, VariancePreserving, one_call, path_of
@@ -28,7 +29,7 @@ from chopgrad_align.sampling.predictions.windows import predict_long, windows
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.methods import direct as step
 from chopgrad_align.training.methods import streaming
-from chopgrad_align.training.methods.direct import MicroBatch, Trainee
+from chopgrad_align.training.methods.direct import DirectGradient, MicroBatch
 from chopgrad_align.training.phases import Phases
 from chopgrad_align.training.predictors import HeldOutClips, restorers
 from chopgrad_align.training.run import train
@@ -59,8 +60,8 @@ def batch_of(videos, prompts=("a", "b"), seeds=(7, 8)):
     return MicroBatch(given, list(prompts), frame_seeds=list(seeds), seeds=list(seeds), videos=videos)
 
 
-def trainee(pipe, prediction, objective, backprop=Exact(), call=None):  # noqa: B008 (frozen)
-    return Trainee(
+def method(pipe, prediction, objective, backprop=Exact(), call=None):  # noqa: B008 (frozen)
+    return DirectGradient(
         pipe=pipe,
         call={"guidance_scale": 1.0} | (call or {}),
         objective=objective,
@@ -150,7 +151,7 @@ def test_streamed_losses_are_those_of_the_decoded_clip(make, monkeypatch):
     found = {}
     for streamed in (True, False):
         monkeypatch.setattr(step, "can_stream", lambda *args, streamed=streamed: streamed)
-        learner = trainee(pipe, OneStep(0.5), objective, Truncated(0))
+        learner = method(pipe, OneStep(0.5), objective, Truncated(0))
         found[streamed] = gradients(pipe, lambda learner=learner: rows.append(learner.accumulate(batch, {})))
     torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-6)
     assert error_of_all(found[True], found[False]) < 1e-5
@@ -168,7 +169,7 @@ def test_streamed_losses_hold_no_clip_of_pixels(wan, monkeypatch):
 
     for streamed in (True, False):
         monkeypatch.setattr(step, "can_stream", lambda *args, streamed=streamed: streamed)
-        learner = replace(trainee(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0)), phases=phases)
+        learner = replace(method(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0)), phases=phases)
         for frames in (33, 65):
             videos = clips(1, frames=frames)
             with storage:
@@ -189,7 +190,7 @@ def test_streamed_losses_hold_no_clip_of_pixels(wan, monkeypatch):
         ({"a": LatentTerm("latents")}, Truncated(0), False),
         ({"a": l2(), "b": LossTerm(load_loss("frame_difference"))}, Truncated(0), False),
         ({"a": LossTerm(load_loss("l2", frames=2))}, Truncated(0), False),
-        ({"a": l2(), "b": Term(load_reward("colorfulness"))}, Truncated(0), False),
+        ({"a": l2(), "b": RewardTerm(load_reward("colorfulness"))}, Truncated(0), False),
     ],
 )
 def test_which_objectives_stream(terms, backprop, streamed):
@@ -198,7 +199,7 @@ def test_which_objectives_stream(terms, backprop, streamed):
 
 def test_what_is_not_decoded_frame_group_by_frame_group_is_decoded_whole(wan):
     videos = clips(frames=9)
-    learner = trainee(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0))
+    learner = method(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0))
     wan.vae.enable_slicing()
     try:
         sliced = gradients(wan, lambda: learner.accumulate(batch_of(videos), {}))
@@ -279,7 +280,7 @@ def test_the_gradient_of_one_step_is_that_of_plain_autograd(wan):
     videos = clips()
 
     def ours():
-        trainee(wan, OneStep(0.3), Objective({"l2": l2(3.0), "latent": LatentTerm("latents", 0.5)})).accumulate(
+        method(wan, OneStep(0.3), Objective({"l2": l2(3.0), "latent": LatentTerm("latents", 0.5)})).accumulate(
             batch_of(videos), {}
         )
 
@@ -298,7 +299,7 @@ def test_the_gradient_of_one_step_is_that_of_plain_autograd(wan):
 def test_nothing_is_decoded_for_a_latent_loss(wan, monkeypatch):
     monkeypatch.setattr(wan.vae, "_decode", lambda *_, **__: pytest.fail("decoded"))
     objective = Objective({"latent": LatentTerm("latents")})
-    found = gradients(wan, lambda: trainee(wan, OneStep(), objective).accumulate(batch_of(clips()), {}))
+    found = gradients(wan, lambda: method(wan, OneStep(), objective).accumulate(batch_of(clips()), {}))
     assert max(g.abs().max() for g in found.values()) > 0
 
 
@@ -308,7 +309,7 @@ def test_only_the_frames_of_a_loss_are_decoded(wan):
     results = []
     for backprop in (Exact(), Full()):
         term = LossTerm(load_loss("l1", frames="first"))
-        run = trainee(wan, OneStep(0.3), Objective({"l1": term}), backprop)
+        run = method(wan, OneStep(0.3), Objective({"l1": term}), backprop)
         results.append(gradients(wan, lambda run=run: run.accumulate(batch_of(videos), {})))
     for name, gradient in results[1].items():
         torch.testing.assert_close(
@@ -342,7 +343,7 @@ def test_one_step_of_cogvideox():
         video = pipe(**{**inputs(frames=9), **begun.inputs}, guidance_scale=1.0, output_type="pt").frames
     loss = objective.scores(video, ["a", "b"], [0, 1], begun.reference())["l2"]
     torch.testing.assert_close(loss, (video - videos["target"]).square().flatten(1).mean(1))
-    run = trainee(pipe, OneStep(0.4), objective)
+    run = method(pipe, OneStep(0.4), objective)
     found = gradients(pipe, lambda: run.accumulate(batch_of(videos), {}))
     assert max(g.abs().max() for g in found.values()) > 0
 
@@ -352,7 +353,7 @@ def test_one_step_of_cogvideox():
 
 def test_the_diffusion_loss_is_the_usual_one(wan):
     videos, seeds, scores = clips(), (7, 8), []
-    run = trainee(wan, Denoise((0.5, 0.5)), Objective({"diffusion": LatentTerm("outputs", 2.0)}))
+    run = method(wan, Denoise((0.5, 0.5)), Objective({"diffusion": LatentTerm("outputs", 2.0)}))
     gradients(wan, lambda: scores.append(run.accumulate(batch_of(videos, seeds=seeds), {})))
     clean = encode(wan, videos["target"])
     noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -381,7 +382,7 @@ def test_times_are_drawn_by_the_seed_in_training_and_fixed_in_measurements(wan):
 def test_pixel_and_diffusion_loss_stand_beside_each_other(wan):
     objective = Objective({"l2": l2(), "diffusion": LatentTerm("outputs", 0.1)})
     rows = []
-    run = trainee(wan, Denoise(), objective)
+    run = method(wan, Denoise(), objective)
     found = gradients(wan, lambda: rows.append(run.accumulate(batch_of(clips()), {})))
     total, pixels, diffusion, *_ = rows[0].T
     torch.testing.assert_close(total, -(pixels + 0.1 * diffusion))
@@ -411,7 +412,7 @@ def test_columns_become_arguments_of_vace():
     pipe, videos = tiny_pipelines.wan_vace(), {k: v[:1] for k, v in clips().items()}
     videos |= {"mask": (videos["target"][:, :, :1] > 0.5).float(), "image": videos["target"][:, :1]}
     columns = {"video": "degraded", "mask": "mask", "reference_images": "image"}
-    run = trainee(pipe, Sample(columns), Objective({"l2": l2()}), call={"num_inference_steps": 2})
+    run = method(pipe, Sample(columns), Objective({"l2": l2()}), call={"num_inference_steps": 2})
     scores = []
     found = gradients(pipe, lambda: scores.append(run.accumulate(batch_of(videos, prompts=("a",), seeds=(3,)), {})))
     assert max(g.abs().max() for g in found.values()) > 0

@@ -14,7 +14,7 @@ from ..data.clips import Clip, Clips
 from ..data.order import mix
 from ..data.prompts import Condition
 from ..objective.objective import Objective
-from .methods.direct import MicroBatch
+from .methods.protocol import MicroBatch
 
 _HELD_OUT = 1_000_000_000  # far from the seeds of training
 

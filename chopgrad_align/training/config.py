@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
@@ -16,10 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from ..common.arguments import nearest
 from ..common.errors import UsageError
 from ..decoding.backprop import Backprop, Exact, Full, Truncated
 from ..sampling import predictions as prediction
 from ..sampling.predictions.latents import Encoder
+from ..sampling.steps import LastSteps
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -206,7 +207,12 @@ class Gradient:
     saturated: Literal["zero", "pass"] = "zero"
     """Gradient of pixels clamped to [-1, 1]."""
 
+    def step_policy(self) -> LastSteps:
+        """The denoising steps that carry gradient."""
+        return LastSteps(self.last_steps)
+
     def policy(self) -> Backprop:
+        """How to backpropagate through the decoder."""
         if self.decoder == "full":
             return Full(saturated=self.saturated)
         options: dict[str, Any] = {key: getattr(self, key) for key in ("cache", "checkpoint", "rows", "saturated")}
@@ -352,8 +358,9 @@ def _sentence(error: Any) -> str:
     match error["type"]:
         case "unexpected_keyword_argument":
             where = ".".join(location[:-1]) or "the top level"
-            near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), 1, cutoff=0)[0]
-            return f"unknown key {key!r}; the nearest at {where} is {near!r}"
+            known = _known_keys(location[:-1])
+            hint = nearest(location[-1], known) or f"; at {where} there are {', '.join(known)}"
+            return f"unknown key {key!r}{hint}"
         case "missing" | "missing_argument":
             return f"{key!r} is missing"
         case "dataclass_type":
@@ -372,6 +379,11 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     for part in location:
         kind = get_type_hints(kind)[part] if is_dataclass(kind) else get_args(kind)[1]  # a value of dict[str, kind]
     return [f.name for f in fields(kind)] if is_dataclass(kind) else []
+
+
+def header(config: Config) -> str:
+    """The first line of a run's own config: the command that runs it again elsewhere."""
+    return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
 
 
 def to_yaml(config: Config) -> str:

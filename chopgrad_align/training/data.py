@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..common.arguments import nearest
 from ..common.errors import UsageError
 from ..data.buckets import Bucket
 from ..data.cache import Cache
@@ -73,8 +73,8 @@ def _prompt_data(config: Config) -> PromptData:
     for condition in both:
         for name in condition.weights:
             if name not in config.rewards:
-                near = difflib.get_close_matches(name, config.rewards, 1, cutoff=0)[0]
-                raise UsageError(f"data: no reward is called as in the column 'weight.{name}'; the nearest is {near!r}")
+                hint = nearest(name, config.rewards) or f"; there are {', '.join(config.rewards) or 'none'}"
+                raise UsageError(f"data: no reward is called as in the column 'weight.{name}'{hint}")
     if any(c.image for c in both) and max(config.train.micro_batch, config.validation.batch) > 1:
         raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
     return data

@@ -66,7 +66,7 @@ class RunFolder:
     def append(self, row: dict[str, float]) -> None:
         """Add a row to `metrics.jsonl`; what is not finite, which JSON cannot say, becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        with said_in_words(self.path), self.metrics.open("a", encoding="utf-8") as file:
+        with os_errors_as_usage_errors(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -80,7 +80,7 @@ class RunFolder:
         return any(row["step"] == step and "heldout/reward_mean" in row for row in rows)
 
     def _lines(self) -> list[str]:
-        with said_in_words(self.path):
+        with os_errors_as_usage_errors(self.path):
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
 
@@ -92,7 +92,7 @@ class RunFolder:
     @contextmanager
     def checkpoint(self, step: int, keep: int) -> Iterator[Path]:
         """A folder to write into, which gets its name when all of it is there; older checkpoints go after that."""
-        with said_in_words(self.path):
+        with os_errors_as_usage_errors(self.path):
             final = self.checkpoints / f"step-{step:06d}"
             temporary = self.checkpoints / f".{final.name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,7 +115,7 @@ class RunFolder:
 
 
 @contextmanager
-def said_in_words(folder: Path) -> Iterator[None]:
+def os_errors_as_usage_errors(folder: Path) -> Iterator[None]:
     """A full disk or missing permission is the user's to mend, in a sentence."""
     try:
         yield

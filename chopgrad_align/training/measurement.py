@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.video import write_video
-from ..objective.objective import Objective, Reference
+from ..objective.objective import Objective
+from ..objective.terms import Reference
 from ..sampling.predictions import Prediction
 from .batches import Batches
-from .methods.direct import MicroBatch
+from .methods.protocol import MicroBatch
 
 
 @dataclass(frozen=True)

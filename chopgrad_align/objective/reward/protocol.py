@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...common.arguments import whole_number
 from ...common.errors import UsageError
 from .frames import Frames, Random, frame_sampler
 
@@ -83,11 +84,7 @@ class FrameReward(SampledReward):
 
     def __init__(self, *, frames: Frames = None, frames_per_chunk: int = 8) -> None:
         super().__init__(frames=frames)
-        if isinstance(frames_per_chunk, bool) or not isinstance(frames_per_chunk, int) or frames_per_chunk < 1:
-            raise UsageError(
-                f"{type(self).__name__}: frames_per_chunk={frames_per_chunk!r}: expected a whole number, 1 or more"
-            )
-        self.frames_per_chunk = frames_per_chunk
+        self.frames_per_chunk = whole_number(f"{type(self).__name__}: frames_per_chunk", frames_per_chunk)
 
     @abstractmethod
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:

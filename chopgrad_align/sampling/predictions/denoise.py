@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...common.errors import UsageError
-from ...objective.objective import Reference
+from ...objective.terms import Reference
 from .columns import arguments
 from .latents import Encoder
 from .one_call import one_call, path_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ...objective.objective import Reference
+from ...objective.terms import Reference
 from .latents import continued, frame_axis
 from .protocol import Videos
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ...objective.objective import Reference
+from ...objective.terms import Reference
 
 Videos = Mapping[str, Tensor]
 """A batch of clips: `(B, F, C, H, W)` in [0, 1] for each role of the data (`target`, `degraded`, `mask`, …).

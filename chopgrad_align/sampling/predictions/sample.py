@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ...objective.objective import Reference
+from ...objective.terms import Reference
 from .columns import arguments
 from .latents import continued, encode, frame_axis
 from .one_call import Straight, path_of

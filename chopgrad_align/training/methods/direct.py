@@ -1,9 +1,9 @@
-"""One micro-batch of a training step: videos are sampled with a gradient, scored, and the gradient is pulled back."""
+"""Reward gradients: videos are sampled with a gradient, scored, and the gradient is backpropagated to the weights."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,38 +13,18 @@ from torch import Tensor
 
 from ...decoding.backprop import Backprop
 from ...decoding.selected_frames import decode_read
-from ...objective.objective import Objective, Statistics
+from ...objective.objective import Objective
+from ...objective.statistics import Statistics
 from ...sampling.predictions import Prediction, Sample
-from ...sampling.predictions.protocol import Videos
 from ...sampling.rollout import differentiable
 from ...sampling.steps import LastSteps
+from .protocol import MicroBatch
 from .streaming import StreamedLosses, can_stream
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What differs from one micro-batch to the next.
-
-    Attributes:
-        inputs: Of the pipeline's call, for these videos: prompts or their embeddings, images, generators.
-        prompts: What the rewards are told.
-        frame_seeds: Decide which frames random samplers choose, one a video.
-        weights: How much each term counts in each video; default 1.
-        seeds: Of what the prediction draws, one a video.
-        videos: Of data with clips: `(B, F, C, H, W)` in [0, 1] for each role.
-    """
-
-    inputs: Mapping[str, Any]
-    prompts: list[str]
-    frame_seeds: list[int]
-    weights: Mapping[str, list[float]] | None = None
-    seeds: Sequence[int] = ()
-    videos: Videos = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """What is trained, and how: the same in every step.
+class DirectGradient:
+    """Backpropagation of the objective through decoder and sampler.
 
     Attributes:
         call: Arguments of the pipeline's call.
@@ -67,15 +47,7 @@ class Trainee:
     prediction: Prediction = field(default_factory=Sample)
 
     def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
-        """Add the gradient of a micro-batch to the trained weights.
-
-        Args:
-            statistics: Of each normalized term.
-
-        Returns:
-            A row for each video, float32: the objective, the score of each term, the value of each term.
-        """
-
+        """See `Method`."""
         call = {**self.call, **batch.inputs}
         read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
 

@@ -1,0 +1,244 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..common.errors import UsageError
+from ..data.cache import Cache
+from ..data.order import mix
+from ..evaluation.curves import draw_curves
+from ..evaluation.heldout import Paired, paired
+from ..evaluation.report import write_report
+from ..evaluation.sheet import draw_samples
+from ..sampling.predictions.columns import arguments
+from .batches import Batches, held_out_seed, on_device
+from .checkpoints import read_state, write_state
+from .config import Config, header, to_yaml
+from .data import Data
+from .encoded_prompts import encode_prompts
+from .folder import RunFolder, os_errors_as_usage_errors
+from .measurement import evaluate, heldout_row
+from .methods import DirectGradient, MicroBatch
+from .parallel import Replicas
+from .phases import Phases
+from .prefetch import Prefetched
+from .state import TrainState
+
+_MOST_SKIPS = 3  # non-finite steps in a row
+
+
+@dataclass
+class Trainer:
+    """One run on one process.
+
+    All randomness is a function of the seed, the step and the sample, so that a resumed run is the same run, and that
+    the number of processes and the size of micro-batches change rounding only. The exception is what layers draw as
+    they run, the masks of `lora.dropout` > 0 and noise that a decoder injects: that is seeded by the step and the
+    process, and drawn in the order of the micro-batches, so that results then depend on both numbers.
+    """
+
+    config: Config
+    data: Data
+    pipe: Any
+    parallel: Replicas
+    shares: list[range]
+    batches: Batches
+    method: DirectGradient
+    state: TrainState
+    folder: RunFolder
+    phases: Phases
+
+    def run(self) -> Paired | None:
+        """Measure, train, save and report; the main process returns the comparison of before and after."""
+        progress, steps = self.state.progress, self.config.train.steps
+        if progress.baseline is None:
+            self.measure_baseline()
+        elif not self.folder.measured(progress.step):  # killed between the checkpoint and its measurement
+            self.measure_if_due()
+        places = ((step, share) for step in range(progress.step, steps) for share in self.shares)
+        with (
+            Prefetched(self.batches.micro_batch, places) as micro_batches,
+            tqdm(initial=progress.step, total=steps, disable=not self.parallel.is_main, desc="align") as bar,
+        ):
+            while progress.step < steps:
+                row = self.step(micro_batches)
+                self.log(row)
+                bar.update()
+                bar.set_postfix(reward=f"{row['reward']:.4f}", skipped=progress.skipped)
+                self.stop_if_lost(row)
+                if progress.step == steps or self.is_due(self.config.checkpoint.every):
+                    self.save()
+                self.measure_if_due()
+        return self.finish()
+
+    def step(self, micro_batches: Iterator[MicroBatch]) -> dict[str, float]:
+        """Take one optimizer step, of this process's part of the batch; returns the row of metrics."""
+        state, progress = self.state, self.state.progress
+        state.trainable.train()
+        torch.manual_seed(mix(self.config.run.seed, progress.step, self.parallel.rank))  # dropout, a decoder's noise
+        results = []
+        for _ in self.shares:
+            with self.phases("data"):
+                micro_batch = on_device(next(micro_batches), self.parallel.device)
+            results.append(self.method.accumulate(micro_batch, progress.running))
+        with self.phases("step"):
+            table = self.parallel.gather(torch.cat(results))  # a row for each video of the batch
+            parameters = state.trainable.parameters
+            self.parallel.sum_gradients(parameters)
+            norm = float(nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm))
+            finite = math.isfinite(norm) and bool(torch.isfinite(table).all())
+            learning_rate = state.optimizer.param_groups[0]["lr"]
+            if finite:
+                state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.schedule.step()
+        progress.count(finite, dict(zip(self.method.objective.terms, table[:, 1:].T.tolist(), strict=False)))
+        return self.row(table, norm, learning_rate)
+
+    def row(self, table: Tensor, norm: float, learning_rate: float) -> dict[str, float]:
+        """Metrics of the step that was just taken."""
+        reward, *means = table.mean(0).tolist()
+        keys = [f"{name}/{kind}" for kind in ("score", "value") for name in self.method.objective.terms]
+        return {
+            "step": self.state.progress.step,
+            "reward": reward,
+            "loss": -reward,
+            "grad_norm": norm,
+            **dict(zip(keys, means, strict=True)),
+            **{f"{name}/std": statistics.std for name, statistics in self.state.progress.running.items()},
+            "learning_rate": learning_rate,
+            "skipped": self.state.progress.skipped,
+            **self.phases.collect(),
+        }
+
+    def stop_if_lost(self, row: dict[str, float]) -> None:
+        """Raise a UsageError if several steps in a row changed nothing."""
+        if self.state.progress.skipped_in_a_row == _MOST_SKIPS:
+            raise UsageError(
+                f"{_MOST_SKIPS} steps in a row, up to step {row['step']:.0f}, had a loss or gradient that is not "
+                f"finite (reward {row['reward']:.4g}, gradient norm {row['grad_norm']:.4g}): lower "
+                "train.learning_rate or gradient.last_steps, or use float32; the last checkpoint is whole"
+            )
+
+    def is_due(self, every: int) -> bool:
+        """Whether the step that was just taken is one of every so many; 0: never."""
+        return every > 0 and self.state.progress.step % every == 0
+
+    def measure_baseline(self) -> None:
+        """Measure the model as it is, and save the run's beginning."""
+        progress = self.state.progress
+        progress.baseline, _ = self.measure("before")
+        if not all(map(math.isfinite, progress.baseline)):
+            raise UsageError(
+                f"the reward of a held-out video of the model as it is, untrained, is not finite: {progress.baseline}"
+            )
+        progress.running = progress.initial
+        self.save()
+
+    def measure_if_due(self) -> None:
+        """Measure in the middle of the run."""
+        step = self.state.progress.step
+        if self.is_due(self.config.validation.every) and 0 < step < self.config.train.steps:
+            self.measure(f"step-{step:06d}")
+
+    def measure(self, name: str) -> tuple[list[float], list[str]]:
+        """The objective and the prompt of each held-out pair; samples go into the folder of that name."""
+        self.state.trainable.eval()
+        validation, objective = self.config.validation, self.method.objective
+        share = evaluate(
+            self.pipe,
+            dict(self.method.call),
+            self.method.prediction,
+            objective,
+            self.batches,
+            validation.pairs,
+            validation.batch,
+            (self.parallel.rank, self.parallel.world),
+            (self.folder.samples / name, validation.videos, self.config.model.fps),
+        )
+        shares, progress = self.parallel.gather_objects(share), self.state.progress
+        terms = {name: [v for s in shares for v in s.terms[name]] for name in objective.terms}
+        weights = {name: [w for s in shares for w in s.weights[name]] for name in objective.terms}
+        progress.initial = progress.initial or objective.first_statistics(terms)
+        raw = {name: torch.tensor(values, dtype=torch.float64) for name, values in terms.items()}
+        totals = torch.stack([*objective.values(raw, weights, progress.initial).values()]).sum(0).tolist()
+        prompts = [prompt for s in shares for prompt in s.prompts]
+        self.log(heldout_row(progress.step, totals, terms))
+        if self.parallel.is_main:
+            self.folder.write(self.folder.samples / "prompts.json", json.dumps(prompts))
+        return totals, prompts
+
+    def log(self, row: dict[str, float]) -> None:
+        """Write a row of metrics."""
+        if self.parallel.is_main:
+            self.folder.append(row)
+        self.parallel.track(row)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.parallel.is_main:
+            with self.folder.checkpoint(self.state.progress.step, self.config.checkpoint.keep) as path:
+                write_state(self.state.state_dict(), path)
+        self.parallel.wait()
+
+    def finish(self) -> Paired | None:
+        """Export what was trained, measure it and report."""
+        if self.parallel.is_main:
+            with os_errors_as_usage_errors(self.folder.path):
+                self.state.trainable.export(self.folder.lora)
+        before = self.state.progress.baseline
+        assert before is not None
+        after, prompts = self.measure("after")
+        conditions = self.data.conditions(len(before))
+        result = paired(before, after, conditions)
+        if self.parallel.is_main:
+            held = {
+                "before": before,
+                "after": after,
+                "prompts": prompts,
+                "conditions": conditions,
+                "seeds": [held_out_seed(i) for i in range(len(prompts))],
+            }
+            with os_errors_as_usage_errors(self.folder.path):
+                self.folder.write(self.folder.held_out, json.dumps(held))
+                draw_curves(self.folder.path)
+                draw_samples(self.folder.path)
+                write_report(self.folder.path)
+        self.parallel.wait()
+        self.parallel.end()
+        return result if self.parallel.is_main else None
+
+    def prepare(self, resume: bool) -> None:
+        """Encode prompts, move the pipeline to its device, and take up where the last checkpoint was."""
+        if self.config.model.encode_prompts_once:
+            # The rest of the pipeline waits on the CPU.
+            pair = self.batches.held_out(range(1))
+            inputs = {**self.method.call, **pair.inputs, **arguments(self.method.prediction.columns, pair.videos)}
+            prompts = self.batches.prompts(self.config.train.steps)
+            encode_prompts(self.pipe, inputs, prompts, Cache(self.config.data.cache), self.parallel.device)
+        self.pipe.to(self.parallel.device)
+        if resume:
+            self.state.load_state_dict(read_state(self.folder.latest_checkpoint()))
+        if self.parallel.is_main:
+            if resume:
+                self.folder.rewind(self.state.progress.step)
+            self.folder.write(self.folder.config, header(self.config) + to_yaml(self.config))
+        self.parallel.start_trackers()
+
+    def __str__(self) -> str:
+        terms = self.method.objective.terms.items()
+        names = ", ".join(f"{t.weight:g} × {name}{' (normalized)' * t.normalize}" for name, t in terms)
+        count = sum(p.numel() for p in self.state.trainable.parameters)
+        return (
+            f"{self.config.model.name}: {count:,} trained weights; objective: {names}; "
+            f"{self.parallel.world} process(es) on {self.parallel.device.type}"
+        )
