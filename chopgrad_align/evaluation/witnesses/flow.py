@@ -35,13 +35,14 @@ class Flow(Witness):
         if scale > 1:
             grey = F.interpolate(grey, tuple(round(side / scale) for side in grey.shape[2:]), mode="area")
         height, width = grey.shape[2:]
-        first, second = grey[:, :-1], F.pad(grey, (_REACH,) * 4, mode="replicate")[:, 1:]
+        first = grey[:, :-1].flatten(0, 1)
+        second = F.pad(grey, (_REACH,) * 4, mode="replicate")[:, 1:].flatten(0, 1)
         shifts = list(itertools.product(range(-_REACH, _REACH + 1), repeat=2))
         lengths = grey.new_tensor(shifts).norm(dim=1)
         best = length = torch.full((), torch.inf, device=grey.device)
         for (down, right), way in zip(shifts, lengths, strict=True):
             moved = second[..., _REACH + down :, _REACH + right :][..., :height, :width]
-            cost = F.avg_pool2d((first - moved).abs(), _BLOCK, ceil_mode=True) + _COST * way
+            cost = F.avg_pool2d((first - moved).abs().unsqueeze(1), _BLOCK, ceil_mode=True) + _COST * way
             length = torch.where(cost < best, way, length)
             best = torch.minimum(cost, best)
-        return length.flatten(1).mean(1) * scale
+        return length.view(len(video), -1).mean(1) * scale
