@@ -1,7 +1,7 @@
 """Witnesses: measures that are taken with every held-out measurement and never trained on; one a file."""
 
 from .bounds import Bounds
-from .loading import BUILT_IN, load_witness
+from .loading import BUILT_IN, check_witnesses, load_witness
 from .protocol import Witness
 
-__all__ = ["BUILT_IN", "Bounds", "Witness", "load_witness"]
+__all__ = ["BUILT_IN", "Bounds", "Witness", "check_witnesses", "load_witness"]

@@ -22,8 +22,8 @@ class Flow(Witness):
     Full-search block matching (Jain and Jain, "Displacement measurement and its application in interframe image
     coding", IEEE Trans. Commun. 29(12), 1981) of the brightness, without weights: for each block of 8x8 pixels the
     displacement up to 6 pixels across and down with the smallest mean absolute difference, plus 1/255 for each pixel of
-    its length. Frames are first averaged down to a shorter side of 64 pixels, so that the reach is a tenth of the frame.
-    Whole pixels of that size are counted. Unlike `motion` it does not rise with contrast.
+    its length. Larger frames are first averaged down to a shorter side of 64 pixels, so that the reach is a tenth of
+    it, and whole pixels of that size are counted. Unlike `motion` it does not rise with contrast.
     """
 
     bounds = Bounds(0.7, 2.0)

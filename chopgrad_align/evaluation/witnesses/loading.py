@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...common.errors import UsageError
 from ...common.loading import construct
 from ...objective.reward import load_reward
@@ -30,6 +33,25 @@ BUILT_IN: Mapping[str, type[Witness]] = {
     "distance": Distance,
 }
 """Those of every run, unless it leaves them out."""
+
+
+def check_witnesses(witnesses: Mapping[str, Witness], prompts: list[str], frames: int, size: tuple[int, int]) -> None:
+    """Let witnesses of the user's own observe a small random video, on the CPU.
+
+    Raises:
+        UsageError: One does not return a tensor with an entry for each video.
+    """
+    video = torch.rand((len(prompts), frames, 3, *size), generator=torch.Generator().manual_seed(0))
+    for name, witness in witnesses.items():
+        if type(witness) in BUILT_IN.values():
+            continue
+        with torch.no_grad():
+            kept: Any = witness.observe(video, prompts, range(len(prompts)))
+        if not isinstance(kept, Tensor) or kept.shape[:1] != (len(prompts),):
+            what = f"a tensor of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
+            raise UsageError(
+                f"witnesses.{name}: observe returned {what} for {len(prompts)} videos, expected an entry each"
+            )
 
 
 def load_witness(key: str, name: str, args: Mapping[str, Any]) -> Witness:

@@ -17,7 +17,7 @@ class Sharpness(Witness):
     """Standard deviation of the Laplacian of the brightness within a frame, mean over frames: 0 for one colour.
 
     The root of Pech-Pacheco et al.'s measure, "Diatom autofocusing in brightfield microscopy" (ICPR 2000), so that
-    twice the contrast is twice the value. Noise raises it as detail does: too much of it is as suspicious as too little.
+    twice the contrast is twice the value. Noise raises it as detail does: too much is as suspicious as too little.
     """
 
     bounds = Bounds(0.6, 1.7)
