@@ -98,7 +98,7 @@ class ObjectDetector(nn.Module):
         return self.temperature * (log_odds / self.temperature).logsumexp(-1)
 
     def preprocess(self, height: int, width: int) -> Preprocess:
-        """What the detector's processor does to a frame of this size."""
+        """The preprocessing of the detector's processor for a frame of this size."""
         height, width = get_size_with_aspect_ratio((height, width), self.shortest, self.longest)
         step = self.queries.multiple_of
         return Preprocess((height - height % step, width - width % step), "squash", "bilinear", self.mean, self.std)

@@ -137,6 +137,14 @@ def test_updates_in_one_piece_or_several_agree_where_nothing_moves():
     assert at_once.variance == pytest.approx(4 * (1 - 1 / 256) ** 8)
 
 
+def test_the_variance_counts_the_move_of_the_mean():
+    # Of an exponential average, the moments after weight `rate` has gone from N(0, 1) to a constant 3.
+    rate = 1 - (1 - 1 / 256) ** 8
+    moved = Statistics(mean=0.0, variance=1.0, least=0.0).updated([3.0] * 8)
+    assert moved.mean == pytest.approx(3 * rate)
+    assert moved.variance == pytest.approx((1 - rate) * 1 + rate * 9 - (3 * rate) ** 2)
+
+
 def test_scores_without_spread_cannot_be_normalized():
     objective = Objective({"flat": RewardTerm(Brightness(), normalize=True), "other": RewardTerm(length)})
     with pytest.raises(UsageError, match=r"rewards.flat.normalize: all 3 held-out videos score 0.5, .*leave it out"):

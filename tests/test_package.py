@@ -76,11 +76,12 @@ def within(modules: set[str], *allowed: str) -> bool:
 CORE = [
     *("common.errors", "common.arguments", "common.loading", "common.storage_count", "common.versions", "common"),
     "objective",
-    *("decoding", "decoding.backprop", "sampling", "sampling.steps"),
+    *("decoding", "sampling", "sampling.steps"),
     *(f"objective.reward{part}" for part in (".frames", ".protocol", ".loading", ".checking", "")),
     *(f"objective.losses{part}" for part in (".protocol", ".loading", "")),
-    *("decoding.decoders.base", "decoding.decoders", "decoding.clamp", "decoding.conditions", "decoding.lean"),
-    *("decoding.offload", "decoding.graph", "decoding.recurrence", "decoding.decode"),
+    *("decoding.decoders.base", "decoding.decoders", "decoding.clamp", "decoding.reproducible_state"),
+    *("decoding.onednn", "decoding.memory_efficient_layers", "decoding.offload", "decoding.graph"),
+    *("decoding.recurrence", "decoding.groupwise", "decoding.backprop", "decoding.decode"),
 ]
 
 

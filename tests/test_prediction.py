@@ -532,11 +532,11 @@ def configure(tmp_path, saved_wan):
     return lambda *overrides: load_config(path, overrides)
 
 
-@pytest.mark.parametrize(("mode", "kept"), [("one_step", 2), ("denoise", 2), ("one_step, mended", 1)])
+@pytest.mark.parametrize(("mode", "kept"), [("one_step", 2), ("denoise", 2), ("one_step, repaired", 1)])
 def test_latents_of_clips_that_come_again_are_kept(configure, tmp_path, monkeypatch, mode, kept):
     """Each of the two files has one clip, and a target and a degraded version of it that are the same."""
     overrides = [f"prediction.mode={mode.partition(',')[0]}", "losses={latent: {name: latent}}"]
-    if "mended" not in mode:
+    if "repaired" not in mode:
         overrides += ["~data.clips.degradation", "data.clips.columns={target: file_name, degraded: file_name}"]
     encoded = []
     original = AutoencoderKLWan.encode
@@ -555,7 +555,7 @@ def test_latents_of_clips_that_come_again_are_kept(configure, tmp_path, monkeypa
         results.append((len(encoded), [row["loss"] for row in rows(tmp_path / folder)]))
     (plain, losses), (first, same), (again, still) = results
     assert losses == same == still
-    if "mended" in mode:
+    if "repaired" in mode:
         assert plain > first > again > 0
     else:
         assert plain > first == kept

@@ -446,7 +446,7 @@ def test_frame_counts_of_pipelines_with_names_of_their_own(family, right, wrong,
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, True, "all"])
 def test_bad_policies(count):
-    with pytest.raises(UsageError, match="denoising steps, 1 or more"):
+    with pytest.raises(UsageError, match="whole number, 1 or more"):
         LastSteps(count)
 
 

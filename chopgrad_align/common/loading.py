@@ -30,7 +30,7 @@ _INSTALL = {
 
 
 def construct(kind: str, name: str, location: str, args: dict[str, object]) -> object:
-    """What the class at `location`, `module:Class` or `path/to/file.py:Class`, makes of `args`.
+    """Make a thing: call the class at `location`, `module:Class` or `path/to/file.py:Class`, with `args`.
 
     Args:
         kind: What messages call the thing, `reward` or `loss`.

@@ -15,7 +15,7 @@ from ..common.errors import UsageError
 
 @dataclass(frozen=True)
 class Paired:
-    """What `paired` found; means and standard errors are of the conditions, each the mean of its pairs.
+    """The result of `paired`; means and standard errors are of the conditions, each the mean of its pairs.
 
     A standard error is the sample standard deviation divided by √count.
     """
@@ -38,7 +38,7 @@ class Paired:
 
     @property
     def sample(self) -> str:
-        """What the test counts."""
+        """The units that the test counts."""
         if self.conditions == self.count:
             return f"{self.count}"
         if self.conditions == 1:
@@ -110,7 +110,7 @@ def paired_where_finite(
 
 
 def _means(scores: Sequence[float], units: Sequence[Hashable]) -> list[float]:
-    """Of each unit, in the order of their first scores."""
+    """Mean score of each unit, in the order of their first scores."""
     of: dict[Hashable, list[float]] = {}
     for unit, score in zip(units, scores, strict=True):
         of.setdefault(unit, []).append(score)

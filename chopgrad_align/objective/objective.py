@@ -24,12 +24,12 @@ class Objective:
 
     @property
     def reads_pixels(self) -> bool:
-        """Whether a video has to be decoded for it at all."""
+        """True if a video has to be decoded for it at all."""
         return any(term.reads_pixels for term in self.terms.values())
 
     @property
     def reads_latents(self) -> bool:
-        """Whether the true latents are wanted."""
+        """True if the true latents are wanted."""
         return any(term.reads_latents for term in self.terms.values())
 
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[int]:
@@ -67,7 +67,7 @@ class Objective:
         weights: Mapping[str, Sequence[float]] | None = None,
         statistics: Mapping[str, Statistics] | None = None,
     ) -> dict[str, Tensor]:
-        """What each term adds to the objective of each sample, `(B,)`; the objective is their sum.
+        """The value that each term adds to the objective of each sample, `(B,)`; the objective is their sum.
 
         Args:
             scores: Of each term, from `scores`.

@@ -29,7 +29,7 @@ class Statistics:
 
     @classmethod
     def of(cls, name: str, scores: Sequence[float]) -> Statistics:
-        """Of those of the first scores that are finite.
+        """Statistics of those of the first scores that are finite.
 
         Raises:
             UsageError: There are not two of them that differ.

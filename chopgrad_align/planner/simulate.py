@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..common.errors import UsageError
 from ..common.storage_count import StorageCount
 from ..decoding.backprop import Backprop
-from ..decoding.selected_frames import decode_read
+from ..decoding.selected_frames import decode_selected_frames
 from ..objective.losses.protocol import FrameLoss
 from ..objective.objective import Objective
 from ..objective.reward import FrameReward
@@ -48,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one training step.
+    """Memory of one training step.
 
     Attributes:
         resident: Bytes that stay on the device, by what they are: the components of the pipeline with the LoRA, the
@@ -71,7 +71,7 @@ class Figures:
 
     @property
     def complete(self) -> bool:
-        """Whether all phases are there."""
+        """True if all phases are there."""
         return "optimizer" in self.phases
 
     @property
@@ -118,7 +118,7 @@ class PhasePeaks:
         self._check(ended)
 
     def turn(self, name: str) -> None:
-        """From here on, the innermost phase has another name."""
+        """Give the innermost phase another name from here on."""
         self._measure()
         self._check(self._open[-1])
         self._open[-1] = name
@@ -292,7 +292,7 @@ def _marking_the_backward_pass(peaks: PhasePeaks) -> Callable[..., Tensor]:
     """Decode so that the backward pass says, as it reaches pixels and latents, what it goes through next."""
 
     def decode(vae: nn.Module, latents: Tensor, backprop: Backprop, **kwargs: Any) -> Tensor:
-        pixels = decode_read(vae, latents, backprop, **kwargs)
+        pixels = decode_selected_frames(vae, latents, backprop, **kwargs)
         latents.register_hook(lambda gradient: peaks.turn("denoiser backward"))
         pixels.register_hook(lambda gradient: peaks.turn("decoder backward"))
         return pixels
@@ -314,7 +314,7 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
 
 
 def _shape(config: Config) -> dict[str, int]:
-    """Of the pipeline's call, for clips of the largest bucket; empty for prompts."""
+    """Frames and size in the pipeline's call, for clips of the largest bucket; empty for prompts."""
     if config.data.clips is None:
         return {}
     return max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width).arguments
@@ -340,7 +340,7 @@ def _videos(config: Config, clips: Clips, frames: int, height: int, width: int) 
 
 
 def _inputs(pipe: Any, call: dict[str, Any], size: int) -> dict[str, Any]:
-    """What stands for prompts and images: embeddings of the shapes that the pipeline's own encoders give."""
+    """Stand-ins for prompts and images: embeddings of the shapes that the pipeline's own encoders give."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     generators = [torch.Generator().manual_seed(seed) for seed in range(size)]
     inputs: dict[str, Any] = {"generator": generators if size > 1 else generators[0]}  # as of a run's batches
@@ -393,6 +393,6 @@ def _text_length(pipe: Any, call: dict[str, Any]) -> int:
 
 
 def _default(function: Callable[..., Any], name: str) -> Any:
-    """Of an argument; None if it has none, or there is no such argument."""
+    """Default of an argument; None if it has none, or there is no such argument."""
     parameter = inspect.signature(function).parameters.get(name)
     return None if parameter is None or parameter.default is parameter.empty else parameter.default

@@ -1,4 +1,4 @@
-"""What a reward is, and the bases that read chosen frames, in chunks where frames are scored alone."""
+"""The protocol of rewards, and the bases that read chosen frames, in chunks where frames are scored alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .frames import Frames, Random, frame_sampler
 
 
 class Reward(Protocol):
-    """One differentiable score a video; higher is better. Never a loss: sign and weight are applied once, outside."""
+    """A differentiable score for each video, higher is better; never a loss: sign and weight are applied outside."""
 
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         """Score `video` `(B, F, 3, H, W)` in [0, 1], sample b against `prompts[b]`; returns `(B,)`."""

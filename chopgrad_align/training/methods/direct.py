@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...decoding.backprop import Backprop
-from ...decoding.selected_frames import decode_read
+from ...decoding.selected_frames import decode_selected_frames
 from ...objective.objective import Objective
 from ...objective.statistics import Statistics
 from ...sampling.predictions import Prediction, Sample
@@ -32,7 +32,7 @@ class DirectGradient:
         backprop: How to backpropagate through the decoder.
         batch_size: Videos for one optimizer step, over all processes; the loss is their mean.
         phases: A context for each named part, for what measures them.
-        decode: How to decode; `decode_read` with all its arguments.
+        decode: How to decode; `decode_selected_frames` with all its arguments.
         prediction: How the pipeline's call predicts a video.
     """
 
@@ -43,7 +43,7 @@ class DirectGradient:
     backprop: Backprop
     batch_size: int
     phases: Callable[[str], AbstractContextManager[None]]
-    decode: Callable[..., Tensor] = decode_read
+    decode: Callable[..., Tensor] = decode_selected_frames
     prediction: Prediction = field(default_factory=Sample)
 
     def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:

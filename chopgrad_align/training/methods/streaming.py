@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...decoding.backprop import Backprop, Truncated
-from ...decoding.clamp import clamp_of, denormalized
+from ...decoding.backprop import Backprop
+from ...decoding.clamp import denormalized
 from ...decoding.decode import decode_loss
 from ...decoding.decoders import decoder_of
 from ...decoding.decoders.base import Tiled
@@ -22,12 +22,7 @@ def can_stream(objective: Objective, backprop: Backprop) -> bool:
     With other policies each loss would have to be evaluated twice, and other terms read more than one group's frames.
     """
     pixel_terms = [term for term in objective.terms.values() if term.reads_pixels]
-    return one_pass(backprop) and bool(pixel_terms) and all(term.frame_loss is not None for term in pixel_terms)
-
-
-def one_pass(backprop: Backprop) -> bool:
-    """Whether a loss of single frames can be pulled back as soon as they are decoded."""
-    return isinstance(backprop, Truncated) and backprop.distance == 0
+    return backprop.one_pass and bool(pixel_terms) and all(term.frame_loss is not None for term in pixel_terms)
 
 
 class StreamedLosses:
@@ -70,7 +65,7 @@ class StreamedLosses:
         parts: dict[tuple[str, int], Tensor] = {}
 
         def value(pixels: Tensor, span: slice) -> Tensor:
-            video = denormalized(pixels, clamp_of(backprop, 0.0, 1.0)).transpose(1, 2)  # as `rollout` does
+            video = denormalized(pixels, backprop.clamp(0.0, 1.0)).transpose(1, 2)  # as `rollout` does
             share = video.shape[1] / frames
             mask = None if self._mask is None else self._mask[:, span]
             values = []
