@@ -19,6 +19,7 @@ from ..common.arguments import nearest
 from ..common.errors import UsageError
 from ..common.loading import construct, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
+from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..sampling import predictions as prediction
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
@@ -151,6 +152,39 @@ class Reward:
     def _cap_or_target(self) -> Reward:
         if self.cap is not None and self.target is not None:
             raise ValueError("give a cap or a target, not both")
+        return self
+
+
+@_strict
+class Witness:
+    name: str
+    """A published reward, or a reward or `evaluation.witnesses.Witness` of your own: package.module:Class, or
+    path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of its class."""
+
+
+@_strict
+class Guard:
+    bounds: dict[str, PositiveFloat | tuple[NonNegativeFloat, PositiveFloat] | None] = field(default_factory=dict)
+    """Of a witness's mean relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it, [0.7, 1.4]
+    both, null none. Witnesses that are not named keep their own bounds."""
+    patience: Positive | None = None
+    """Held-out measurements in a row without a better objective; default: any number."""
+    on_breach: Literal["warn", "stop", "back"] = "warn"
+    """Say it; or end the training too; or, back, export the best model within the bounds then, whatever
+    `checkpoint.export` is."""
+    name: str | None = None
+    """Instead of all this, a `training.guard.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of its class."""
+
+    @model_validator(mode="after")
+    def _one_guard(self) -> Guard:
+        if self.name is not None and (self.bounds or self.patience or self.on_breach != "warn"):
+            raise ValueError("bounds, patience and on_breach are of the built-in guard: leave them out, or the name")
+        if self.name is None and self.args:
+            raise ValueError("args are of a guard of your own: give its name too")
         return self
 
 
@@ -292,6 +326,9 @@ class Validation:
     """Steps between held-out measurements; 0: before and after only."""
     pairs: Annotated[int, Field(ge=2)] = 64
     """Pairs of held-out prompt and seed."""
+    seeds: Positive = 1
+    """Pairs of a condition that come one after the other: with 2, half as many conditions, and `diversity` between
+    seeds."""
     videos: NonNegative = 8
     """Of them, how many are written as mp4."""
     batch: Positive = 1
@@ -302,6 +339,9 @@ class Checkpoint:
     every: NonNegative = 0
     """Steps between checkpoints; 0: at the end only."""
     keep: Positive = 2
+    export: Literal["best", "last"] = "best"
+    """What lora/ holds: the best step by the held-out objective, of those measured to be within the guard's bounds, or
+    the last. The best weights so far are kept as `checkpoints/best-NNNNNN`."""
 
 
 @_strict
@@ -318,6 +358,10 @@ class Config:
     lora: Lora = field(default_factory=Lora)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
+    witnesses: dict[str, Witness | None] = field(default_factory=dict)
+    """Measured with every held-out measurement and not trained on, beside motion, flow, flicker, saturation, contrast,
+    sharpness, diversity and distance; null leaves one of these out."""
+    guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
@@ -327,6 +371,12 @@ class Config:
             raise ValueError("expected at least one term under rewards or losses")
         if twice := self.rewards.keys() & self.losses.keys():
             raise ValueError(f"a reward and a loss are both called {min(twice)!r}")
+        for name, reward in self.rewards.items():
+            if reward.weight == 0:
+                raise ValueError(
+                    f"rewards.{name}.weight=0 has no effect; to watch its score, leave it out and add "
+                    f"witnesses.{name}.name={reward.name}"
+                )
         if self.data.clips is None and (self.losses or self.prediction.mode != "sample" or self.prediction.columns):
             raise ValueError(
                 "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"
@@ -338,6 +388,28 @@ class Config:
                     f"losses.{name}.name={loss.name}: a loss of {of} needs prediction.mode={' or '.join(modes)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _watched(self) -> Config:
+        for name, witness in self.witnesses.items():
+            if witness is None and name not in BUILT_IN:
+                raise ValueError(f"witnesses.{name}=null leaves out nothing{nearest(name, BUILT_IN)}")
+        known = self.watched
+        for name, bound in self.guard.bounds.items():
+            if name not in known:
+                hint = nearest(name, known) or f"; there are {', '.join(known)}"
+                raise ValueError(f"guard.bounds.{name}: there is no such witness{hint}")
+            try:
+                _ = None if bound is None else Bounds.of(bound)
+            except UsageError as error:
+                raise ValueError(f"guard.bounds.{name}: {error}") from error
+        return self
+
+    @property
+    def watched(self) -> list[str]:
+        """The names of all witnesses."""
+        names = dict.fromkeys([*BUILT_IN, *self.witnesses])
+        return [name for name in names if self.witnesses.get(name, ...) is not None]
 
 
 def _package_path(path: str) -> str:
@@ -431,6 +503,7 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     kind: Any = Config
     for part in location:
         kind = get_type_hints(kind)[part] if is_dataclass(kind) else get_args(kind)[1]  # a value of dict[str, kind]
+        kind = next(filter(is_dataclass, get_args(kind)), kind) if type(None) in get_args(kind) else kind
     return [f.name for f in fields(kind)] if is_dataclass(kind) else []
 
 
