@@ -12,7 +12,7 @@ from ..decoding.backprop import Backprop, Exact
 from ..decoding.decode import decode
 from .call_checks import check_call
 from .differentiable import differentiable, performed
-from .gradient_steps import GradientSteps
+from .gradient_steps import GradientSteps, Observe
 from .last_step import RecordedLastStep, RepeatedLastStep
 from .steps import LastSteps, StepPolicy, expect_step_policy
 
@@ -73,6 +73,7 @@ def clips(
     decode: Callable[..., Tensor] = decode,
     output_type: str = "pt",
     steps_seed: int = 0,
+    observe: Observe | None = None,
 ) -> Iterator[Clips]:
     """Make the clips of a rollout one after the other, so that each can be backpropagated before the next is made.
 
@@ -88,6 +89,7 @@ def clips(
         decode: Takes the place of `chopgrad_align.decode`.
         output_type: `"pt"`, or `"latent"` for latents that are not decoded.
         steps_seed: Decides what a random policy draws.
+        observe: Is told of the denoiser's calls that have a graph, before its clips are yielded.
 
     Raises:
         UsageError: See `differentiable`.
@@ -95,7 +97,7 @@ def clips(
     expect_step_policy(steps)
     generator = call_kwargs.get("generator")
     before = _states(generator)
-    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed))
+    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe))
     with performed(pipe, record, backprop, decode) as call:
         video = call(**call_kwargs, output_type=output_type).frames
     repeats = record.steps.plan.repeats
@@ -105,7 +107,7 @@ def clips(
         noise = _noise_like(record.clean, generator)
         after = _states(generator)
         _restore(generator, before)
-        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed), record, noise)
+        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed, observe), record, noise)
         with performed(pipe, repetition, backprop, decode) as call:
             video = call(**call_kwargs, output_type=output_type).frames
         _restore(generator, after)

@@ -27,10 +27,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def write_state(state: dict[str, Any], folder: Path) -> None:
-    """Write what `TrainState.state_dict` returned into an empty folder."""
+    """Write what `TrainState.state_dict` returned: `weights`, `progress` as JSON, and everything else as torch does."""
     write_weights(state["weights"], folder)
     buffer = io.BytesIO()
-    torch.save({"optimizer": state["optimizer"], "schedule": state["schedule"]}, buffer)
+    torch.save({key: value for key, value in state.items() if key not in ("weights", "progress")}, buffer)
     (folder / _OPTIMIZER).write_bytes(buffer.getvalue())
     (folder / _PROGRESS).write_text(json.dumps(state["progress"]))
 
