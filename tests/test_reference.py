@@ -1,5 +1,6 @@
 """The distance to the untrained model: in float64 its gradient against a sampling loop by hand, and its beginning."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -43,12 +44,12 @@ def accumulated(pipe, trainable, steps, call) -> tuple[Tensor, Tensor]:
 def by_hand(pipe, trainable, chosen, call) -> Tensor:
     """The distances by plain autograd, of both branches of guidance in these steps."""
     predict, scheduler, latents = predictor(pipe, call), pipe.scheduler, call["latents"]
+    with trainable.base():
+        predict_base = predictor(copy.deepcopy(pipe), call)
     scheduler.set_timesteps(call["num_inference_steps"])
     errors = []
     for i, time in enumerate(scheduler.timesteps):
-        ours = predict(latents, time)
-        with trainable.base():
-            theirs = predict(latents, time)
+        ours, theirs = predict(latents, time), predict_base(latents, time)
         if i in chosen:
             errors += [(a - b).square().flatten(1).mean(1) for a, b in zip(ours, theirs, strict=True)]
         guided = ours[0] + call["guidance_scale"] * (ours[1] - ours[0])
@@ -66,10 +67,10 @@ def test_gradient_of_a_loop_by_hand(make, steps, chosen):
     pipe = tiny_pipelines.wan_t2v()
     pipe.to(torch.float64)
     trainable = make(pipe)
-    pipe.transformer.enable_gradient_checkpointing()  # blocks that are recomputed see the untrained weights as well
     call = {**CALL, "latents": torch.randn(2, 4, 2, 4, 4, dtype=torch.float64)}
     distances = by_hand(pipe, trainable, chosen, call)
     expected = torch.autograd.grad(2 * distances.sum(), trainable.parameters, allow_unused=True)
+    pipe.transformer.enable_gradient_checkpointing()  # blocks that are recomputed see the untrained weights as well
     ours, gradient = accumulated(pipe, trainable, steps, call)
     assert distances.min() > 1e-6
     torch.testing.assert_close(ours, distances.detach(), rtol=1e-6, atol=0)
@@ -77,7 +78,7 @@ def test_gradient_of_a_loop_by_hand(make, steps, chosen):
 
 
 def test_a_new_lora_is_at_no_distance():
-    pipe = tiny_pipelines.wan_t2v()
+    pipe = tiny_pipelines.wan_t2v().to(torch.float64)
     trainable = lora(pipe, init="gaussian")
     distances, gradient = accumulated(pipe, trainable, LastSteps(2), CALL)
     assert not distances.any()

@@ -37,16 +37,15 @@ class BaseDistance:
         leaves, structure = tree_flatten((args, kwargs))
         varying = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
-        def untrained(*values: Tensor) -> Tensor:
+        def predict(*values: Tensor) -> Tensor:
             given = [*leaves]
             for i, value in zip(varying, values, strict=True):
                 given[i] = value
             args, kwargs = tree_unflatten(given, structure)
-            with self._base():
-                return tree_leaves(forward(denoiser, *args, **kwargs))[0]
+            return tree_leaves(forward(denoiser, *args, **kwargs))[0]
 
         predicted = tree_leaves(output)[0]
-        expected = _Untrained.apply(untrained, self._base, predicted.device, *(leaves[i] for i in varying))
+        expected = _Untrained.apply(predict, self._base, predicted.device, *(leaves[i] for i in varying))
         wide = torch.promote_types(predicted.dtype, torch.float32)
         error = (predicted.to(wide) - expected.to(wide)).square().flatten(1).mean(1)
         self._distances.append(error.unflatten(0, (-1, self._videos)).mean(0))
@@ -74,7 +73,8 @@ class _Untrained(torch.autograd.Function):
     ) -> Tensor:
         ctx.predict, ctx.base, ctx.state = predict, base, ReproducibleState(device)
         ctx.save_for_backward(*latents)
-        return predict(*latents)
+        with base():
+            return predict(*latents)
 
     @staticmethod
     @once_differentiable
