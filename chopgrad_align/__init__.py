@@ -25,7 +25,7 @@ from .objective.reward import (
     load_reward,
 )
 from .sampling.rollout import rollout
-from .sampling.steps import LastSteps
+from .sampling.steps import LastSteps, LowVariance, RandomLast, RandomSteps, StepPlan, StepPolicy, Steps
 
 if TYPE_CHECKING:
     from .training.config import load_config
@@ -52,8 +52,14 @@ __all__ = [
     "Groupwise",
     "LastSteps",
     "Loss",
+    "LowVariance",
+    "RandomLast",
+    "RandomSteps",
     "Reward",
     "SampledReward",
+    "StepPlan",
+    "StepPolicy",
+    "Steps",
     "Truncated",
     "UsageError",
     "VideoLoss",

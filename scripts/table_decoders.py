@@ -116,7 +116,7 @@ def row_of(vae_class: Any, size: tuple[int, int], lengths: tuple[int, int]) -> l
 
 
 def arguments(vae: Any, latents: Tensor) -> dict[str, Any]:
-    """What the class's `decode` takes beside latents."""
+    """Arguments of the class's `decode` beside latents."""
     return {"num_frames": latents.shape[0]} if type(vae).__name__ == "AutoencoderKLTemporalDecoder" else {}
 
 

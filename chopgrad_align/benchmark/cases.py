@@ -1,4 +1,4 @@
-"""What the benchmark is run on: a VAE, the latents of clips, and two losses on their pixels."""
+"""The cases of the benchmark: a VAE, the latents of clips, and two losses on their pixels."""
 
 from __future__ import annotations
 

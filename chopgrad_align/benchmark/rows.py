@@ -24,7 +24,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As in code, without what is left at its default."""
+        """The policy as code spells it, without what is left at its default."""
         arguments: list[str] = []
         for field in fields(self.policy):
             value = getattr(self.policy, field.name)

@@ -68,7 +68,7 @@ PHASES = (
 
 
 def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
-    """The levers of a run, the dearer in time before the cheaper.
+    """The levers of a run, in decreasing order of time.
 
     Args:
         chunks: Of the rewards and losses that look at frames alone, by their place in the config: how many at a time.
