@@ -66,7 +66,7 @@ class GradientSteps:
             with torch.no_grad():  # the policy takes this prediction for a constant
                 return original(denoiser, *args, **kwargs)
         if self.plan.detach_input:
-            args, kwargs = _with_constant_latents(denoiser, args, kwargs)
+            args, kwargs = with_constant_latents(denoiser, args, kwargs)
         output = recomputed(original, denoiser, args, kwargs)
         if not self.plan.unconditional and denoiser is not self._controlnet:  # whose output ends in the denoiser's
             self.branches.predicted(output)
@@ -84,8 +84,8 @@ class GradientSteps:
             torch.clear_autocast_cache()
 
 
-def _with_constant_latents(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a denoiser's call, in which the latents are detached; a controlnet's output is not."""
+def with_constant_latents(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Detach the latents among the arguments of a denoiser's call; a controlnet's output keeps its graph."""
     given = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs)
     names = [name for name in _LATENTS if name in given.arguments]
     if not names:
