@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.arguments import whole_number
+from ..common.errors import UsageError
 from ..decoding.backprop import Backprop, Exact
 from ..decoding.decode import decode
 from .call_checks import check_call
@@ -47,6 +49,8 @@ def rollout(
     Raises:
         UsageError: See `check_call` and `differentiable`; in the backward pass: weights that changed since the rollout.
     """
+    if whole_number("rollout: steps_seed", steps_seed, 0) >= 2**64:
+        raise UsageError(f"rollout: steps_seed={steps_seed}: expected a seed below 2^64")
     check_call(pipe, call_kwargs)
     made = [part.video for part in rollout_parts(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed)]
     return made[0] if len(made) == 1 else torch.cat(made)
