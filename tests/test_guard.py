@@ -7,7 +7,7 @@ import pytest
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.evaluation.changes import changes, table
 from chopgrad_align.evaluation.witnesses import Bounds
-from chopgrad_align.training.guard import BoundsAndPatience, Guard, Verdict, best, exported, score
+from chopgrad_align.training.guard import BoundsAndPatience, Guard, Verdict, best, exported, remarks, score
 from chopgrad_align.training.history import History
 from chopgrad_align.training.measurement import Measurement, comparison
 
@@ -33,14 +33,14 @@ def judged(guard, run):
         (0.81, None),
         (1.49, None),
         (0.71, "motion fell to 0.71 of the base model's (bound 0.8) at step 60"),
-        (1.6, "motion rose to 1.60 of the base model's (bound 1.5) at step 60"),
+        (1.6, "motion rose to 1.6 of the base model's (bound 1.5) at step 60"),
         (math.nan, "motion of some video is not finite at step 60"),
     ],
     ids=["low", "high", "fell", "rose", "nan"],
 )
 def test_bounds_are_relative_to_the_base_model(motion, sentence):
     verdict = BOTH.judge(BASE, [], measured(60, 6.0, motion))
-    assert verdict == Verdict(within=sentence is None, sentences=() if sentence is None else (sentence,))
+    assert verdict == Verdict(within=sentence is None, sentences={} if sentence is None else {"motion": sentence})
 
 
 def test_what_the_base_model_does_not_have_is_not_judged():
@@ -65,9 +65,9 @@ def test_patience_counts_measurements_since_the_best():
     verdicts = judged(guard, run)
     assert [verdict.stop for verdict in verdicts] == [False, False, False, False, True]
     assert all(verdict.within for verdict in verdicts)
-    assert verdicts[-1].sentences == (
-        "the held-out objective at step 50 is no better than at step 30, 2 measurements before (patience 2)",
-    )
+    assert verdicts[-1].sentences == {
+        "patience": "the held-out objective at step 50 is no better than at step 30, 2 measurements before (patience 2)"
+    }
     # The base model is the best of a run that only falls.
     assert [v.stop for v in judged(guard, [BASE, measured(10, 4.0), measured(20, 4.5)])] == [False, True]
 
@@ -107,11 +107,21 @@ class Nervous(Guard):
     """A guard of somebody else."""
 
     def judge(self, baseline, past, now):
-        return Verdict(stop=len(past) > 0, sentences=(f"step {now.step} is enough",) * (len(past) > 0))
+        return Verdict(stop=len(past) > 0, sentences={"all": f"step {now.step} is enough"} if past else {})
 
 
 def test_a_guard_of_ones_own():
     assert [v.stop for v in judged(Nervous(), [BASE, measured(1, 5), measured(2, 5)])] == [False, True]
+
+
+def test_a_run_is_told_by_what_broke_first_and_by_its_end():
+    run = [BASE, *(measured(10 * i, 5.0, motion) for i, motion in enumerate((1.0, 0.7, 1.6, 0.6, 0.5), 1))]
+    assert remarks(judged(BOTH, run)) == [
+        "motion fell to 0.7 of the base model's (bound 0.8) at step 20",
+        "motion fell to 0.5 of the base model's (bound 0.8) at step 50",
+    ]
+    assert remarks(judged(BOTH, run[:3])) == ["motion fell to 0.7 of the base model's (bound 0.8) at step 20"]
+    assert remarks([]) == []
 
 
 # --- the history of a run ---------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_witnesses_take_the_samples_of_a_batch_alone():
 
 OWN = """
 import torch
-from chopgrad_align.evaluation.witnesses import Bounds, Witness
+from chopgrad_align import Bounds, Witness
 
 class Redness(Witness):
     bounds = Bounds(0.5, 2.0)

@@ -158,14 +158,25 @@ def _draw_witnesses(axes: Axes, held_out: Series) -> None:
     """Lines of the ratios; a witness that was not positive at first has none."""
     witnesses = [key for key in held_out if key.startswith(_WITNESS) and held_out[key][0] > 0]
     for i, key in enumerate(witnesses):
-        style: dict[str, Any] = {"color": _COLOURS[i % len(_COLOURS)], "marker": "os^"[i // len(_COLOURS) % 3]}
+        style: dict[str, Any] = {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3],
+        }
         ratios = held_out[key] / held_out[key][0]
-        axes.plot(held_out["step"], ratios, markersize=3.5, linewidth=1.4, label=key.removeprefix(_WITNESS), **style)
+        axes.plot(
+            held_out["step"],
+            ratios,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.4,
+            label=key.removeprefix(_WITNESS),
+            **style,
+        )
     axes.axhline(1, color="#999999", linewidth=0.8)
     if witnesses:
         low, high = axes.dataLim.intervaly
         axes.set_ylim(low - 0.05 * (high - low), high + 0.45 * (high - low) + 1e-3)  # room for the legend
-        axes.legend(**_LEGEND, loc="upper center", ncols=4, columnspacing=1.2, handlelength=1.0)
+        axes.legend(**_LEGEND, loc="upper center", ncols=4, columnspacing=1.2, handlelength=1.6)
 
 
 def _draw_gradient(axes: Axes, training: Series) -> None:
