@@ -29,7 +29,7 @@ class Verdict:
     within: bool = True
     stop: bool = False
     back: bool = False
-    sentences: Mapping[str, str] = MappingProxyType({})
+    sentences: Mapping[str, str] = field(default_factory=dict)
 
 
 class Guard(ABC):
