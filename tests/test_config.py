@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from chopgrad_align import LastSteps, RandomLast
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.prompts import read_conditions
 from chopgrad_align.decoding.backprop import Exact, Full, Truncated
@@ -129,7 +130,7 @@ def test_the_section_on_gradients_becomes_a_policy():
         (["rewards.colour.wight=2"], r"unknown key 'rewards.colour.wight'; did you mean 'weight'\?$"),
         (
             ["gradient.decoder=exakt"],
-            r"least.yaml: gradient.decoder: expected 'exact', 'truncated' or 'full', got 'exa",
+            r"least.yaml: gradient: no decoder policy is called 'exakt'; did you mean 'exact'\? Known: exact, full",
         ),
         (["train.steps=many"], r"least.yaml: train.steps: expected a valid integer, .*got 'many'$"),
         (["train.steps=2.5"], r"least.yaml: train.steps: expected a valid integer, .*got 2.5$"),
@@ -234,3 +235,14 @@ def test_a_key_can_be_left_out(tmp_path):
     assert load_config(path, ["~rewards.other"]).rewards.keys() == {"colour"}
     with pytest.raises(UsageError, match=r"'~rewards.others' leaves out a key that the config does not have"):
         load_config(path, ["~rewards.others"])
+
+
+def test_policies_by_name(least):
+    def gradient(*overrides):
+        return load_config(least, overrides).gradient
+
+    assert gradient().step_policy() == LastSteps(1)
+    assert gradient("gradient.last_steps=2").step_policy() == LastSteps(2)
+    drawn = gradient("gradient.steps={name: random_last, args: {count: 3, detach_input: true}}")
+    assert drawn.step_policy() == RandomLast(3, detach_input=True)
+    assert gradient("gradient.decoder=chopgrad_align:Truncated", "gradient.args.distance=2").policy() == Truncated(2)

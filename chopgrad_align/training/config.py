@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -17,11 +17,12 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from ..common.arguments import nearest
 from ..common.errors import UsageError
-from ..decoding.backprop import Backprop, Exact, Full, Truncated
+from ..common.loading import construct, unknown_name
+from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
 from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..sampling import predictions as prediction
 from ..sampling.predictions.latents import Encoder
-from ..sampling.steps import LastSteps
+from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -227,12 +228,39 @@ class Prediction:
 
 
 @_strict
+class Named:
+    """A class by its name, and its arguments."""
+
+    name: str
+    """A published name, package.module:Class, or path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+_STEP_POLICIES = {
+    name: f"chopgrad_align.sampling.steps:{cls}"
+    for name, cls in {
+        "last": "LastSteps",
+        "low_variance": "LowVariance",
+        "random": "RandomSteps",
+        "random_last": "RandomLast",
+        "steps": "Steps",
+    }.items()
+}
+
+
+@_strict
 class Gradient:
-    last_steps: Positive = 1
-    """Denoising steps that carry gradient."""
-    decoder: Literal["exact", "truncated", "full"] = "exact"
+    last_steps: Positive | None = None
+    """The last K denoising steps carry gradient; short for steps={name: last, args: {count: K}}. Default: 1."""
+    steps: Named | None = None
+    """The denoising steps that carry gradient: last, random_last, random, steps, low_variance, or a class of your own,
+    with its args (count or indices; detach_input, unconditional); see chopgrad_align/sampling/steps.py."""
+    decoder: str = "exact"
+    """exact, truncated or full; or a class of your own, package.module:Class or path/to/file.py:Class, with args."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a decoder policy of your own."""
     distance: NonNegative = 0
-    """Of truncated, in frame groups."""
+    """Truncation distance D, in frame groups."""
     cache: Literal["device", "host", "recompute"] = "device"
     checkpoint: bool = True
     """Recompute blocks inside a frame group."""
@@ -241,16 +269,41 @@ class Gradient:
     saturated: Literal["zero", "pass"] = "zero"
     """Gradient of pixels clamped to [-1, 1]."""
 
-    def step_policy(self) -> LastSteps:
+    @model_validator(mode="after")
+    def _names(self) -> Gradient:
+        if self.steps is not None and self.last_steps is not None:
+            raise ValueError("give steps or its short form last_steps, not both")
+        if self.args and ":" not in self.decoder:
+            raise ValueError(f"args are those of a class of your own; decoder={self.decoder} has keys beside it")
+        self.step_policy(), self.policy()
+        return self
+
+    def step_policy(self) -> StepPolicy:
         """The denoising steps that carry gradient."""
-        return LastSteps(self.last_steps)
+        if self.steps is None:
+            return LastSteps(self.last_steps or 1)
+        name = self.steps.name
+        if ":" not in name and name not in _STEP_POLICIES:
+            raise unknown_name("sampling policy", name, _STEP_POLICIES)
+        policy = construct("sampling policy", name, _STEP_POLICIES.get(name, name), self.steps.args)
+        expect_step_policy(policy)
+        return cast(StepPolicy, policy)
 
     def policy(self) -> Backprop:
-        """How to backpropagate through the decoder."""
-        if self.decoder == "full":
-            return Full(saturated=self.saturated)
+        """The way through the decoder."""
         options: dict[str, Any] = {key: getattr(self, key) for key in ("cache", "checkpoint", "rows", "saturated")}
-        return Truncated(self.distance, **options) if self.decoder == "truncated" else Exact(**options)
+        match self.decoder:
+            case "exact":
+                return Exact(**options)
+            case "truncated":
+                return Truncated(self.distance, **options)
+            case "full":
+                return Full(saturated=self.saturated)
+        if ":" not in self.decoder:
+            raise unknown_name("decoder policy", self.decoder, ("exact", "truncated", "full"))
+        policy = construct("decoder policy", self.decoder, self.decoder, self.args)
+        expect_policy("gradient.decoder", policy)
+        return cast(Backprop, policy)
 
 
 @_strict
