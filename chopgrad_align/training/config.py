@@ -158,7 +158,7 @@ class Reward:
 @_strict
 class Witness:
     name: str
-    """A published reward, or a reward or `evaluation.witnesses.Witness` of your own: package.module:Class, or
+    """A published reward, or a reward or `chopgrad_align.Witness` of your own: package.module:Class, or
     path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Of its class."""
@@ -175,7 +175,7 @@ class Guard:
     """Say it; or end the training too; or, back, export the best model within the bounds then, whatever
     `checkpoint.export` is."""
     name: str | None = None
-    """Instead of all this, a `training.guard.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
+    """Instead of all this, a `chopgrad_align.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Of its class."""
 
