@@ -29,7 +29,7 @@ from .config import Config, header, to_yaml
 from .data import Data
 from .encoded_prompts import encode_prompts
 from .folder import RunFolder, os_errors_as_usage_errors
-from .guard import Guard, Verdict, best, exported
+from .guard import Guard, Verdict, best, exported, remarks
 from .history import History
 from .measurement import Measurement, comparison, evaluate, joined, pictures, with_nulls
 from .methods import DirectGradient, MicroBatch
@@ -211,7 +211,7 @@ class Trainer:
             if best(measured, self.verdicts) is now:
                 with self.folder.best(now.step) as path:  # first, so that what is said to be the best is there
                     write_weights(weights, path)
-            for sentence in self.verdicts[-1].sentences if self.verdicts else ():
+            for sentence in self.verdicts[-1].sentences.values() if self.verdicts else ():
                 tqdm.write(f"guard: {sentence}")
             self.folder.write(self.folder.samples / "prompts.json", json.dumps(scores.prompts))
         self.history.add(now, write=self.parallel.is_main)
@@ -265,12 +265,11 @@ class Trainer:
                 else:
                     self.export(weights)
             self.forget_worse()
-            remarks = [sentence for verdict in self.verdicts for sentence in verdict.sentences]
-            remarks += [f"training ended at step {step} of {steps}"] * (step < steps) + [remark] * bool(remark)
+            ended = f"training ended at step {step} of {steps}" if step < steps else ""
             held = comparison(measured, after) | {
                 "seeds": [held_out_seed(i) for i in range(len(after.prompts))],
                 "bounds": {name: [b.least, b.most] for name, b in self.guard.bounds.items()},
-                "remarks": remarks,
+                "remarks": [text for text in (*remarks(self.verdicts), ended, remark) if text],
             }
             self.folder.write(self.folder.held_out, json.dumps(with_nulls(held)))
             self.folder.show_as_after(after.step)
