@@ -56,6 +56,7 @@ def write_report(run: str | Path) -> Path:
         "report.html",
         held_out=_held_out(run),
         summary=_summary(run),
+        remarks=(_read_json(run / "heldout.json", dict) or {}).get("remarks", []),
         curves=data_uri(curves.read_bytes(), "image/png") if (curves := run / "curves.png").is_file() else "",
         samples=_samples(run / "samples"),
         config=(run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else "",
@@ -79,7 +80,7 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _held_out(run: Path) -> _HeldOut | None:
     scores = _read_json(run / "heldout.json", dict)
-    if scores is None:
+    if scores is None or "after" not in scores:
         return None
     before, after = scores.get("before", []), scores.get("after", [])
     prompts = scores.get("prompts") or [""] * len(before)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
@@ -32,6 +35,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # Of losses before the decoder: what they compare, and the modes that know what it should be.
 _LATENT_LOSSES = {"latent": ("latents", ("one_step", "denoise")), "diffusion": ("outputs", ("denoise",))}
+
+_INTERPOLATIONS = "_interpolations"  # beside a config's fields: no key, and no part of comparisons
 
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
 
@@ -292,6 +297,12 @@ class Checkpoint:
 
 
 @_strict
+class Parallel:
+    timeout: PositiveFloat = 1800.0
+    """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
+
+
+@_strict
 class Config:
     run: Run
     model: Model
@@ -310,6 +321,7 @@ class Config:
     sharpness, diversity and distance; null leaves one of these out."""
     guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    parallel: Parallel = field(default_factory=Parallel)
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
     @model_validator(mode="after")
@@ -399,9 +411,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         with _readable(f"override {override!r}"):
             tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
     with _readable(f"config {path}"):
-        resolved = OmegaConf.to_container(tree, resolve=True)
+        resolved, raw = (OmegaConf.to_container(tree, resolve=resolve) for resolve in (True, False))
     try:
-        return TypeAdapter(Config).validate_python(resolved)
+        config = TypeAdapter(Config).validate_python(resolved)
+        vars(config)[_INTERPOLATIONS] = dict(_interpolations(raw))
+        return config
     except ValidationError as error:
         # A string in place of a list of strings is allowed: the list's error says so for both.
         wrong = [_sentence(e) for e in error.errors() if e["loc"][-1:] != ("str",)]
@@ -460,5 +474,24 @@ def header(config: Config) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config, defaults included, as YAML that `load_config` reads back to the same."""
-    return OmegaConf.to_yaml(TypeAdapter(Config).dump_python(config, mode="json"))
+    """The whole config, defaults included, as YAML that `load_config` reads back to the same.
+
+    What it takes from elsewhere, such as `${oc.env:TOKEN}`, stands there as it was written.
+    """
+    tree = TypeAdapter(Config).dump_python(config, mode="json")
+    for (*sections, name), text in interpolations(config).items():
+        functools.reduce(operator.getitem, sections, tree)[name] = text
+    return OmegaConf.to_yaml(tree)
+
+
+def interpolations(config: Config) -> dict[tuple[str | int, ...], str]:
+    """Values that the config takes from elsewhere as they were written, by sections, keys and places in lists."""
+    return vars(config).get(_INTERPOLATIONS, {})
+
+
+def _interpolations(tree: Any, *path: str | int) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _interpolations(value, *path, key)
+    elif isinstance(tree, str) and "${" in re.sub(r"\$\{(package|configs):[^{}]*\}", "", tree):
+        yield path, tree
