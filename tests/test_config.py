@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from chopgrad_align import LastSteps, RandomLast
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.prompts import read_conditions
 from chopgrad_align.decoding.backprop import Exact, Full, Truncated
@@ -129,7 +130,7 @@ def test_the_section_on_gradients_becomes_a_policy():
         (["rewards.colour.wight=2"], r"unknown key 'rewards.colour.wight'; did you mean 'weight'\?$"),
         (
             ["gradient.decoder=exakt"],
-            r"least.yaml: gradient.decoder: expected 'exact', 'truncated' or 'full', got 'exa",
+            r"least.yaml: gradient: no decoder policy is called 'exakt'; did you mean 'exact'\? Known: exact, full",
         ),
         (["train.steps=many"], r"least.yaml: train.steps: expected a valid integer, .*got 'many'$"),
         (["train.steps=2.5"], r"least.yaml: train.steps: expected a valid integer, .*got 2.5$"),
@@ -141,7 +142,7 @@ def test_the_section_on_gradients_becomes_a_policy():
         (["train.betas=[0.9,1.0]"], r"train.betas.1: expected less than 1, got 1.0$"),
         (["validation.pairs=1"], r"validation.pairs: expected greater than or equal to 2, got 1$"),
         (["lora.targets=3"], r"least.yaml: lora.targets: expected a list of strings, or one string, got 3$"),
-        (["lora.targets=[to_q,[]]"], r"lora.targets.1: expected a valid string, got \[\]$"),
+        (["lora.targets=[to_q,[]]"], r"lora.targets: expected a list of strings, or one string, got \['to_q', \[\]\]$"),
         (
             ["model.gradient_checkpointing=perhaps"],
             r"model.gradient_checkpointing: expected a valid boolean, .*'perhaps'",
@@ -234,3 +235,14 @@ def test_a_key_can_be_left_out(tmp_path):
     assert load_config(path, ["~rewards.other"]).rewards.keys() == {"colour"}
     with pytest.raises(UsageError, match=r"'~rewards.others' leaves out a key that the config does not have"):
         load_config(path, ["~rewards.others"])
+
+
+def test_policies_by_name(least):
+    def gradient(*overrides):
+        return load_config(least, overrides).gradient
+
+    assert gradient().step_policy() == LastSteps(1)
+    assert gradient("gradient.last_steps=2").step_policy() == LastSteps(2)
+    drawn = gradient("gradient.steps={name: random_last, args: {count: 3, detach_input: true}}")
+    assert drawn.step_policy() == RandomLast(3, detach_input=True)
+    assert gradient("gradient.decoder=chopgrad_align:Truncated", "gradient.args.distance=2").policy() == Truncated(2)

@@ -66,8 +66,8 @@ def construct(kind: str, name: str, location: str, args: dict[str, object]) -> o
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name without a colon that nothing of this kind has."""
     known = sorted(known)
-    hint = f"; for a class in that file, write '{name}:Class'" if _is_path(name) else nearest(name, known)
-    return UsageError(f"no {kind} is called {name!r}{hint}. Known: {', '.join(known)}; or give {_SPELLINGS}")
+    hint = f"; for a class in that file, write '{name}:Class'." if _is_path(name) else nearest(name, known) or "."
+    return UsageError(f"no {kind} is called {name!r}{hint} Known: {', '.join(known)}; or give {_SPELLINGS}")
 
 
 def _is_path(location: str) -> bool:
@@ -131,6 +131,6 @@ def _check_arguments(factory: object, what: str, args: dict[str, object]) -> Non
         signature.bind(**args)
     except TypeError as error:
         unknown = [a for a in args if a not in signature.parameters]
-        hint = nearest(unknown[0], signature.parameters) if unknown else ""
+        hint = (nearest(unknown[0], signature.parameters) if unknown else "") or "."
         accepted = ", ".join(str(p).split(":")[0].split("=")[0] for p in signature.parameters.values()) or "none"
-        raise UsageError(f"{what}: {error}{hint}. Its arguments: {accepted}") from error
+        raise UsageError(f"{what}: {error}{hint} Its arguments: {accepted}") from error

@@ -261,7 +261,7 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
             config,
             models,
             peaks,
-            call={**config.model.call, "num_inference_steps": config.gradient.last_steps + 1},
+            call={**config.model.call, **_steps(config)},
             decode=_marking_the_backward_pass(peaks),
         )
         statistics = {name: Statistics(0.0, 1.0, 1.0) for name in models.objective.terms}
@@ -311,6 +311,13 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
         seeds=list(range(size)),
         videos=videos,
     )
+
+
+def _steps(config: Config) -> dict[str, int]:
+    """Sampling steps to simulate: one more than carry gradient, if those are the last ones; otherwise all."""
+    if config.gradient.steps is None:
+        return {"num_inference_steps": (config.gradient.last_steps or 1) + 1}
+    return {}
 
 
 def _shape(config: Config) -> dict[str, int]:

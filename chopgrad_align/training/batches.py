@@ -70,7 +70,8 @@ class PromptBatches:
         chosen = _choose(len(self._training), self._batch_size, self._seed, step)
         conditions = [self._training[chosen[i]] for i in places]
         seeds = [mix(self._seed, step, i, 1) for i in places]
-        return self._made(conditions, seeds, [mix(self._seed, step, i, 2) for i in places])
+        made = self._made(conditions, seeds, [mix(self._seed, step, i, 2) for i in places])
+        return dataclasses.replace(made, steps_seed=_steps_seed(self._seed, step))
 
     def held_out(self, places: range) -> MicroBatch:
         seeds = [held_out_seed(i) for i in places]
@@ -123,7 +124,8 @@ class ClipBatches:
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         chosen = self._training.batch(step, self._batch_size, self._seed)
         clips = [self._clip(chosen[i], step, i) for i in places]
-        return self._made(clips, [mix(self._seed, step, i, 1) for i in places])
+        made = self._made(clips, [mix(self._seed, step, i, 1) for i in places])
+        return dataclasses.replace(made, steps_seed=_steps_seed(self._seed, step))
 
     def held_out(self, places: range) -> MicroBatch:
         clips = [held_out_clip(self._held_out, i // self._seeds) for i in places]
@@ -194,6 +196,11 @@ def call_inputs(pipe: Any, prompts: list[str], seeds: Sequence[int]) -> dict[str
     if "prompt" in inspect.signature(type(pipe).__call__).parameters:
         inputs["prompt"] = prompts if len(prompts) > 1 else prompts[0]
     return inputs
+
+
+def _steps_seed(seed: int, step: int) -> int:
+    """The seed of what a sampling policy draws for a step: the same for all of its batch, whoever works on it."""
+    return mix(seed, step, 0, 3)
 
 
 def _choose(count: int, batch: int, seed: int, step: int) -> list[int]:

@@ -109,7 +109,7 @@ def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
     if config.name is not None:
         made = construct("guard", config.name, config.name, dict(config.args))
         if not isinstance(made, guard.Guard):
-            raise UsageError(f"guard.name: {config.name} made a {type(made).__name__}, expected a training.guard.Guard")
+            raise UsageError(f"guard.name: {config.name} made a {type(made).__name__}, expected a chopgrad_align.Guard")
         return made
     asked = {name: None if bound is None else Bounds.of(bound) for name, bound in config.bounds.items()}
     bounds = {name: witness.bounds for name, witness in witnesses.items()} | asked

@@ -223,6 +223,6 @@ def predict(
     pipe: Any, call: dict[str, Any], prediction: Prediction, batch: MicroBatch, latents: bool = False
 ) -> tuple[Tensor, Reference]:
     """Videos `(B, F, 3, H, W)` in [0, 1] by the pipeline's plain call, and what to compare them with."""
-    with prediction.begin(pipe, batch.videos, batch.seeds, False, latents) as begun:
+    with prediction.prepare(pipe, batch.videos, batch.seeds, False, latents) as begun:
         video = pipe(**call | dict(batch.inputs) | dict(begun.inputs), output_type="pt").frames
     return video, begun.reference()

@@ -18,7 +18,7 @@ from ..objective.reward import load_reward
 from ..objective.reward.loading import to_device
 from ..objective.terms import LatentTerm, LossTerm, RewardTerm, Term
 from ..sampling.predictions.latents import known_family
-from ..sampling.predictions.one_call import path_of
+from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
 from .lora import fuse_lora, lora_file
 

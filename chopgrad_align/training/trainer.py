@@ -29,7 +29,7 @@ from .data import Data
 from .encoded_prompts import encode_prompts
 from .fingerprints import fingerprints
 from .folder import RunFolder
-from .guard import Guard, Verdict, best, exported
+from .guard import Guard, Verdict, best, exported, remarks
 from .history import History
 from .measurement import Measurement, comparison, evaluate, joined, pictures, with_nulls
 from .methods import DirectGradient, MicroBatch
@@ -245,7 +245,7 @@ class Trainer:
             if best(measured, self.verdicts) is now:
                 with self.folder.best_weights(now.step) as path:  # first, so that what is said to be the best is there
                     write_weights(self.state.trainable.state_dict(), path)
-            for sentence in self.verdicts[-1].sentences if self.verdicts else ():
+            for sentence in self.verdicts[-1].sentences.values() if self.verdicts else ():
                 tqdm.write(f"guard: {sentence}")
             self.folder.write(self.folder.samples / "prompts.json", json.dumps(scores.prompts))
         self.history.add(now, write=self.parallel.is_main)
@@ -300,8 +300,8 @@ class Trainer:
                 else:
                     self.export(weights)
             self.forget_worse()
-            remarks = [f"training ended at step {step} of {steps}"] * (step < steps) + [remark] * bool(remark)
-            self.report(after, remarks)
+            ended = f"training ended at step {step} of {steps}" if step < steps else ""
+            self.report(after, ended, remark)
         self.parallel.wait()
         before = self.history.baseline
         return (
@@ -322,14 +322,14 @@ class Trainer:
                 f"training ended early {ended}after step {step} of {self.config.train.steps}: lora/ holds the weights "
                 f"of that step, and held-out pairs were {last}"
             )
-            self.report(after, [remark])
+            self.report(after, remark)
             tqdm.write(f"{remark}; go on by --resume")
         self.parallel.wait()
         self.parallel.end()
 
-    def report(self, after: Measurement | None, remarks: list[str]) -> None:
+    def report(self, after: Measurement | None, *sentences: str) -> None:
         """Write the comparison of the base model with a later measurement, if there is one, and what shows it."""
-        held: dict[str, Any] = {"remarks": [text for verdict in self.verdicts for text in verdict.sentences] + remarks}
+        held: dict[str, Any] = {"remarks": [text for text in (*remarks(self.verdicts), *sentences) if text]}
         if after is not None:
             held |= comparison(self.history.measured, after)
             held["seeds"] = [held_out_seed(i) for i in range(len(after.prompts))]

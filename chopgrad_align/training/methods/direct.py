@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,10 @@ from ...decoding.backprop import Backprop
 from ...decoding.selected_frames import decode_selected_frames
 from ...objective.objective import Objective
 from ...objective.statistics import Statistics
+from ...objective.terms import Reference
 from ...sampling.predictions import Prediction, Sample
-from ...sampling.rollout import differentiable
-from ...sampling.steps import LastSteps
+from ...sampling.rollout import RolloutPart, rollout_parts
+from ...sampling.steps import StepPolicy
 from .protocol import MicroBatch
 from .streaming import StreamedLosses, can_stream
 
@@ -39,7 +40,7 @@ class DirectGradient:
     pipe: Any
     call: Mapping[str, Any]
     objective: Objective
-    steps: LastSteps
+    steps: StepPolicy
     backprop: Backprop
     batch_size: int
     phases: Callable[[str], AbstractContextManager[None]]
@@ -50,31 +51,56 @@ class DirectGradient:
         """See `Method`."""
         call = {**self.call, **batch.inputs}
         read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
-
         whole = functools.partial(self.decode, read=read, expected=call.get("num_frames"))
-        streamed = None
-        if "target" in batch.videos and can_stream(self.objective, self.backprop):
-            streamed = StreamedLosses(self.objective, batch.videos["target"], batch.videos.get("mask"), batch.weights)
+        streams = "target" in batch.videos and can_stream(self.objective, self.backprop)
+        streamed: StreamedLosses | None = None
 
         def decode(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal streamed
             with self.phases("decoding"):
-                return whole(*args, **kwargs) if streamed is None else streamed.decode(whole, *args, **kwargs)
+                if not streams:
+                    return whole(*args, **kwargs)
+                target, mask = batch.videos["target"], batch.videos.get("mask")
+                streamed = StreamedLosses(self.objective, target, mask, batch.weights)
+                return streamed.decode(whole, *args, **kwargs)
 
-        with (
-            self.phases("sampling"),
-            self.prediction.begin(self.pipe, batch.videos, batch.seeds, True, self.objective.reads_latents) as begun,
-            differentiable(self.pipe, self.steps, self.backprop, decode) as sample,
-        ):
-            output_type = "pt" if self.objective.reads_pixels else "latent"
-            video = sample(**{**call, **begun.inputs}, output_type=output_type).frames
+        latents = self.objective.reads_latents
+        with self.prediction.prepare(self.pipe, batch.videos, batch.seeds, True, latents) as prepared:
+            made = rollout_parts(
+                self.pipe,
+                {**call, **prepared.inputs},
+                self.steps,
+                self.backprop,
+                decode=decode,
+                output_type="pt" if self.objective.reads_pixels else "latent",
+                steps_seed=batch.steps_seed,
+            )
+            rows = []
+            while (part := self._next(made)) is not None:
+                rows.append(part.share * self._backward(part, batch, prepared.reference(), streamed, statistics))
+        return torch.stack(rows).sum(0)
+
+    def _next(self, made: Iterator[RolloutPart]) -> RolloutPart | None:
+        with self.phases("sampling"):
+            return next(made, None)
+
+    def _backward(
+        self,
+        part: RolloutPart,
+        batch: MicroBatch,
+        reference: Reference,
+        streamed: StreamedLosses | None,
+        statistics: Mapping[str, Statistics],
+    ) -> Tensor:
+        """Score clips and take the gradient, before the next ones are made; returns rows as `accumulate` does."""
         with self.phases("reward"):
             known = {} if streamed is None else streamed.scores
-            scores = self.objective.scores(video, batch.prompts, batch.frame_seeds, begun.reference(), known)
+            scores = self.objective.scores(part.video, batch.prompts, batch.frame_seeds, reference, known)
             values = self.objective.values(scores, batch.weights, statistics)
             total = torch.stack([*values.values()]).sum(0)
         with self.phases("backward"):
             # The streamed losses are part of the total's value, but not of its graph.
             whole_batch = total.sum() if streamed is None else total.sum() + streamed.value
-            (-whole_batch / self.batch_size).backward()
+            (-part.share * whole_batch / self.batch_size).backward()
         columns = [total, *scores.values(), *values.values()]
         return torch.stack([column.detach().float() for column in columns], 1)

@@ -23,6 +23,7 @@ class MicroBatch:
         frame_seeds: Decide which frames random samplers choose, one a video.
         weights: How much each term counts in each video; default 1.
         seeds: Of what the prediction draws, one a video.
+        steps_seed: Of what a sampling policy draws; the same for all videos of a batch.
         videos: Of data with clips: `(B, F, C, H, W)` in [0, 1] for each role.
     """
 
@@ -31,6 +32,7 @@ class MicroBatch:
     frame_seeds: list[int]
     weights: Mapping[str, list[float]] | None = None
     seeds: Sequence[int] = ()
+    steps_seed: int = 0
     videos: Videos = field(default_factory=dict)
 
 
