@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,6 +88,8 @@ TermName = Annotated[str, AfterValidator(_term_name)]
 
 # Of losses before the decoder: what they compare, and the modes that know what it should be.
 _LATENT_LOSSES = {"latent": ("latents", ("one_step", "denoise")), "diffusion": ("outputs", ("denoise",))}
+
+_INTERPOLATIONS = "_interpolations"  # beside a config's fields: no key, and no part of comparisons
 
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
 
@@ -461,6 +465,12 @@ class Checkpoint:
 
 
 @_strict
+class Parallel:
+    timeout: PositiveFloat = 1800.0
+    """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
+
+
+@_strict
 class Config:
     run: Run
     model: Model
@@ -487,6 +497,7 @@ class Config:
     sharpness, diversity and distance; null leaves one of these out."""
     guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    parallel: Parallel = field(default_factory=Parallel)
     trackers: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_each_once)] = field(default_factory=list)
 
     @model_validator(mode="after")
@@ -583,8 +594,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         with _readable(f"override {shown(override)}"):
             tree = _merged(tree, override)
     with _readable(f"config {path}"):
-        resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    return check_config(resolved, path)
+        resolved, raw = (
+            OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve) for resolve in (True, False)
+        )
+    config = check_config(resolved, path)
+    vars(config)[_INTERPOLATIONS] = dict(_interpolations(raw))
+    return config
 
 
 def check_config(values: Any, where: str) -> Config:
@@ -698,5 +713,24 @@ def header(config: Config) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config, defaults included, as YAML that `load_config` reads back to the same."""
-    return OmegaConf.to_yaml(TypeAdapter(Config).dump_python(config, mode="json"))
+    """The whole config, defaults included, as YAML that `load_config` reads back to the same.
+
+    What it takes from elsewhere, such as `${oc.env:TOKEN}`, stands there as it was written.
+    """
+    tree = TypeAdapter(Config).dump_python(config, mode="json")
+    for (*sections, name), text in interpolations(config).items():
+        functools.reduce(operator.getitem, sections, tree)[name] = text
+    return OmegaConf.to_yaml(tree)
+
+
+def interpolations(config: Config) -> dict[tuple[str | int, ...], str]:
+    """Values that the config takes from elsewhere as they were written, by sections, keys and places in lists."""
+    return vars(config).get(_INTERPOLATIONS, {})
+
+
+def _interpolations(tree: Any, *path: str | int) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _interpolations(value, *path, key)
+    elif isinstance(tree, str) and "${" in re.sub(r"\$\{(package|configs):[^{}]*\}", "", tree):
+        yield path, tree

@@ -144,6 +144,7 @@ def evaluate(
     batch: int,
     share: tuple[int, int] = (0, 1),
     videos: tuple[Path, int, float] | None = None,
+    interrupted: Callable[[], int] = lambda: 0,
 ) -> Scores:
     """Score this process's share of the held-out pairs; random frames are those of the pair's seed.
 
@@ -154,6 +155,7 @@ def evaluate(
         share: This process's rank and the number of processes.
         videos: Folder, number and frames per second of the mp4 files to write, of the first pairs of all; conditions
             and targets, if there are any, go into folders beside it, once.
+        interrupted: Asked before each batch; the rest is left out if it is not 0.
 
     Returns:
         The scores of the share.
@@ -167,6 +169,8 @@ def evaluate(
         _on_device(witnesses, pipe.device),
     ):
         for first in range(start, stop, batch):
+            if interrupted():
+                break
             places = range(first, min(first + batch, stop))
             chosen = batches.held_out(places)
             video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents)
