@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from ..common.arguments import nearest
+from ..common.arguments import nearest, whole_number
 from ..common.errors import UsageError
 from ..data.buckets import Bucket
 from ..data.cache import Cache
 from ..data.clips import Clips
-from ..data.prompts import Condition, read_conditions
+from ..data.prompts import Condition, check_images, read_conditions
 from ..data.source import Row
 from ..objective.objective import Objective
 from ..sampling.predictions.columns import expect_role
@@ -20,6 +20,8 @@ from ..sampling.predictions.latents import Encoder
 from .batches import Batches, ClipBatches, PromptBatches
 from .config import Clips as ClipsConfig
 from .config import Config
+
+_Made = TypeVar("_Made")
 
 
 class Data(Protocol):
@@ -75,6 +77,7 @@ def _prompt_data(config: Config) -> PromptData:
             if name not in config.rewards:
                 hint = nearest(name, config.rewards) or f"; there are {', '.join(config.rewards) or 'none'}"
                 raise UsageError(f"data: no reward is called as in the column 'weight.{name}'{hint}")
+    check_images(both)
     if any(c.image for c in both) and max(config.train.micro_batch, config.validation.batch) > 1:
         raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
     return data
@@ -173,8 +176,9 @@ def buckets(config: Config, clips: ClipsConfig) -> list[Bucket]:
     missing = [key for key in ("num_frames", "height", "width") if key not in call]
     if not clips.buckets and missing:
         raise UsageError(f"data.clips: their shape is not known: give data.clips.buckets, or model.call.{missing[0]}")
-    shapes = clips.buckets or [(call["num_frames"], call["height"], call["width"])]
-    return [Bucket(*shape) for shape in shapes]
+    if clips.buckets:
+        return [Bucket(*shape) for shape in clips.buckets]
+    return [Bucket(*(whole_number(f"model.call: {key}", call[key]) for key in ("num_frames", "height", "width")))]
 
 
 def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bucket]) -> Clips:
@@ -187,8 +191,8 @@ def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bu
         fps=config.fps,
         starts=config.starts,
         crop=config.crop,
-        degradation=None if config.degradation is None else load_degradation(config.degradation),
-        mask=None if config.mask is None else load_mask(config.mask),
+        degradation=None if config.degradation is None else _made("degradation", load_degradation, config.degradation),
+        mask=None if config.mask is None else _made("mask", load_mask, config.mask),
         on_bad_file=config.on_bad_file,
     )
     if clips.bad:
@@ -196,10 +200,22 @@ def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bu
     return clips
 
 
+def _made(key: str, load: Callable[[Any], _Made], spec: Any) -> _Made:
+    try:
+        return load(spec)
+    except UsageError as error:
+        raise UsageError(f"data.clips.{key}: {error}") from error
+
+
 def _rows(name: str, split: str, config: ClipsConfig) -> list[Row]:
     from ..data.table import is_saved_dataset, read_dataset
     from ..data.videofolder import COLUMNS, read_folder
 
     if Path(name).exists() and not is_saved_dataset(name):
+        for key in ("split", "held_out_split"):
+            if getattr(config, key) != getattr(ClipsConfig(), key):
+                raise UsageError(
+                    f"data.clips.{key} has no effect on the folder {name}, which has no splits: leave it out"
+                )
         return read_folder(name, config.columns)
     return read_dataset(name, config.columns or COLUMNS, split)
