@@ -1,5 +1,6 @@
 """Every known decoder on tiny random weights: bits, gradients, memory, state; with tiles, slices and single frames."""
 
+import re
 import runpy
 import sys
 from dataclasses import dataclass, field
@@ -174,7 +175,8 @@ ALL = {
 
 
 def over(cases: dict[str, Case]):
-    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
+    ids = [re.sub(r"[^\w.]+", "_", name) for name in cases]
+    return pytest.mark.parametrize("case", cases.values(), ids=ids)
 
 
 @over(ALL)

@@ -24,7 +24,8 @@ from chopgrad_align.objective.objective import Objective
 from chopgrad_align.objective.terms import LatentTerm, LossTerm, RewardTerm
 from chopgrad_align.sampling.predictions import Denoise, OneStep, Sample
 from chopgrad_align.sampling.predictions.latents import encode
-from chopgrad_align.sampling.predictions.one_call import Straight, VariancePreserving, one_call, path_of
+from chopgrad_align.sampling.predictions.one_call import one_call
+from chopgrad_align.sampling.predictions.probability_paths import RectifiedFlow, VariancePreserving, path_of
 from chopgrad_align.sampling.predictions.windows import predict_long, windows
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.methods import direct as step
@@ -213,7 +214,7 @@ def test_what_is_not_decoded_frame_group_by_frame_group_is_decoded_whole(wan):
 
 SHARES = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
 PATHS = [
-    Straight(1000.0),
+    RectifiedFlow(1000.0),
     *(VariancePreserving(SHARES, prediction) for prediction in ("epsilon", "v_prediction", "sample")),
 ]
 
@@ -264,7 +265,7 @@ def one_step_by_hand(pipe, videos, time, prompts=("a", "b")):
 
 def test_one_step_is_one_call_at_its_time(wan):
     videos, scheduler = clips(), wan.scheduler
-    with OneStep(0.3).begin(wan, videos, (0, 1), False, latents=True) as begun, torch.no_grad():
+    with OneStep(0.3).prepare(wan, videos, (0, 1), False, latents=True) as begun, torch.no_grad():
         video = wan(**{**inputs(), **begun.inputs}, guidance_scale=1.0, output_type="pt").frames
     assert wan.scheduler is scheduler
     reference = begun.reference()
@@ -319,7 +320,7 @@ def test_only_the_frames_of_a_loss_are_decoded(wan):
 
 def test_the_scheduler_comes_back_after_an_error(wan):
     scheduler = wan.scheduler
-    with pytest.raises(RuntimeError, match="mine"), OneStep().begin(wan, clips(), (0, 1), False, False):
+    with pytest.raises(RuntimeError, match="mine"), OneStep().prepare(wan, clips(), (0, 1), False, False):
         raise RuntimeError("mine")
     assert wan.scheduler is scheduler
 
@@ -328,18 +329,18 @@ def test_a_role_that_is_not_there(wan):
     with pytest.raises(
         UsageError, match=r"prediction.source: the data has no role 'control'. It has: target, degraded"
     ):
-        OneStep(source="control").begin(wan, clips(), (0, 1), False, False).__enter__()
+        OneStep(source="control").prepare(wan, clips(), (0, 1), False, False).__enter__()
     with pytest.raises(UsageError, match=r"prediction.columns.video: the data has no role 'degrade'; did you mean"):
-        Sample({"video": "degrade"}).begin(wan, clips(), (0, 1), False, False).__enter__()
+        Sample({"video": "degrade"}).prepare(wan, clips(), (0, 1), False, False).__enter__()
     with pytest.raises(UsageError, match="mode=denoise needs data with a target"):
-        Denoise().begin(wan, {}, (0, 1), False, False).__enter__()
+        Denoise().prepare(wan, {}, (0, 1), False, False).__enter__()
 
 
 def test_one_step_of_cogvideox():
     """Its model predicts the velocity of a variance-preserving schedule, its latents have frames first."""
     pipe, videos = tiny_pipelines.cogvideox(), clips(frames=9)
     objective = Objective({"l2": l2()})
-    with OneStep(0.4).begin(pipe, videos, (0, 1), False, True) as begun, torch.no_grad():
+    with OneStep(0.4).prepare(pipe, videos, (0, 1), False, True) as begun, torch.no_grad():
         video = pipe(**{**inputs(frames=9), **begun.inputs}, guidance_scale=1.0, output_type="pt").frames
     loss = objective.scores(video, ["a", "b"], [0, 1], begun.reference())["l2"]
     torch.testing.assert_close(loss, (video - videos["target"]).square().flatten(1).mean(1))
@@ -369,7 +370,7 @@ def test_the_diffusion_loss_is_the_usual_one(wan):
 
 def test_times_are_drawn_by_the_seed_in_training_and_fixed_in_measurements(wan):
     def start(seeds, training):
-        with Denoise((0.1, 0.9)).begin(wan, clips(), seeds, training, False) as begun:
+        with Denoise((0.1, 0.9)).prepare(wan, clips(), seeds, training, False) as begun:
             return begun.inputs["latents"]
 
     assert torch.equal(start((1, 2), True), start((1, 2), True))
@@ -463,11 +464,11 @@ def test_a_prediction_that_needs_no_window_is_the_same_by_windows():
 def test_one_step_goes_on_from_the_context(wan):
     videos = clips(frames=9)
     context = {**videos, "context": videos["target"][:, :5]}
-    with OneStep(0.3).begin(wan, context, (0, 1), False, False) as begun:
+    with OneStep(0.3).prepare(wan, context, (0, 1), False, False) as begun:
         latents = begun.inputs["latents"]
     torch.testing.assert_close(latents[:, :, :2], encode(wan, videos["target"][:, :5]))
     torch.testing.assert_close(latents[:, :, 2:], encode(wan, videos["degraded"])[:, :, 2:])
-    with OneStep(0.3).begin(wan, context, (0, 1), False, False) as begun:
+    with OneStep(0.3).prepare(wan, context, (0, 1), False, False) as begun:
         given = {**inputs(frames=9), "guidance_scale": 1.0, "output_type": "latent"}
         predicted = wan(**given, **begun.inputs).frames
     torch.testing.assert_close(predicted[:, :, :2], latents[:, :, :2])
@@ -481,7 +482,7 @@ def test_the_sampler_keeps_the_context_from_the_middle_of_the_schedule(wan):
     pipe = WanVideoToVideoPipeline(**{name: wan.components[name] for name in parts})
     pipe.set_progress_bar_config(disable=True)
     videos = {"context": clips(1, frames=5)["target"]}
-    with Sample().begin(pipe, videos, (0,), False, False) as begun:
+    with Sample().prepare(pipe, videos, (0,), False, False) as begun:
         given = {"video": [tiny_pipelines.picture(i) for i in range(9)], "strength": 0.5, "num_inference_steps": 4}
         given |= {"height": 16, "width": 16, "guidance_scale": 1.0, "output_type": "latent", "prompt": "a"}
         latents = pipe(**given, **begun.inputs).frames
@@ -490,7 +491,7 @@ def test_the_sampler_keeps_the_context_from_the_middle_of_the_schedule(wan):
 
 def test_the_sampler_keeps_the_context(wan):
     videos = {"context": clips(frames=5)["target"]}
-    with Sample().begin(wan, videos, (0, 1), False, False) as begun:
+    with Sample().prepare(wan, videos, (0, 1), False, False) as begun:
         given = {**inputs(frames=9), "guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "latent"}
         latents = wan(**given, **begun.inputs).frames
     torch.testing.assert_close(latents[:, :, :2], encode(wan, videos["context"]))

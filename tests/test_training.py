@@ -70,7 +70,9 @@ def test_run_folder(finished):
     assert {path.name for path in run.latest_checkpoint().iterdir()} == {
         "lora.safetensors", "optimizer.pt", "progress.json",
     }  # fmt: skip
-    assert {path.name for path in run.samples.iterdir() if path.is_dir()} == {"before", "step-000002", "after"}
+    assert {path.name for path in run.samples.iterdir() if path.is_dir()} == {
+        "before", "step-000002", "step-000004", "after",
+    }  # fmt: skip
     video, fps = read_video(run.samples / "after" / "000.mp4")
     assert video.shape == (5, 3, 16, 16)
     assert fps == finished.config.model.fps

@@ -56,16 +56,13 @@ def construct(kind: str, name: str, location: str, args: dict[str, object]) -> o
     _check_arguments(factory, what, args)
     try:
         made = factory(**args)
-    except UsageError as error:
-        raise UsageError(f"{what}: {error}") from error
+    except UsageError:
+        raise
     except ModuleNotFoundError as error:  # imported when it is used
         raise _missing(what, error) from error
     except Exception as error:  # the class is someone else's code, and its arguments are the user's
         given = ", ".join(f"{key}={shown(value)}" for key, value in args.items()) or "no arguments"
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"{what} cannot be made with {given}: {type(error).__name__} at {_place(error)}: {reason}"
-        ) from error
+        raise UsageError(f"{what} cannot be made with {given}; it failed {_failure(error)}") from error
     if isinstance(made, nn.Module):
         made.requires_grad_(False).eval()
     return made
@@ -118,14 +115,14 @@ def _import_error(location: str, what: str, error: Exception) -> UsageError:
                 "or for a file of yours write 'path/to/file.py:Class'"
             )
         return _missing(what, error)
-    place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else _place(error)
-    reason = " ".join(str(error).split())[:300]
-    return UsageError(f"{what}: importing {location} failed at {place}: {type(error).__name__}: {reason}")
+    return UsageError(f"{what}: importing {location} failed {_failure(error)}")
 
 
-def _place(error: Exception) -> str:
+def _failure(error: Exception) -> str:
+    """The place and the reason of an error in someone else's code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{last.filename}:{last.lineno}"
+    place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{last.filename}:{last.lineno}"
+    return f"at {place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _missing(what: str, error: ModuleNotFoundError) -> UsageError:

@@ -7,12 +7,11 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.arguments import readable_text, shown, usable_path
-from ..common.errors import UsageError
+from ..common.errors import UsageError, located
 
 _MOST_CHARACTERS = 20_000  # of a prompt: several times what any text encoder reads
 
@@ -115,7 +114,7 @@ def _condition(path: Path, line: int, row: dict) -> Condition:
             f"{path}, line {line}: a prompt of {len(prompt):,} characters, of which no text encoder reads more than "
             f"{_MOST_CHARACTERS:,}; write one prompt a line"
         )
-    with _located(path, line):
+    with located(f"{path}, line {line}"):
         readable_text(prompt.translate(_SPACES))
         usable_path(image or "none")
     if image and not (path.parent / image).is_file():
@@ -126,15 +125,6 @@ def _condition(path: Path, line: int, row: dict) -> Condition:
         if key == "weight" or key.startswith("weight.")
     }
     return Condition(prompt, path.parent / image if image else None, weights.pop("", 1.0), weights)
-
-
-@contextmanager
-def _located(path: Path, line: int) -> Iterator[None]:
-    """Within the context, a UsageError begins with the place in the file."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"{path}, line {line}: {error}") from None
 
 
 def _weight(path: Path, line: int, key: str, value: object) -> float:

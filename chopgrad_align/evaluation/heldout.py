@@ -25,10 +25,16 @@ class Paired:
     mean_after: float
     stderr_after: float
     gain: float  # mean of after - before
+    margin: float  # gain ± margin is its 95 % confidence interval, of Student's t
     gain_in_stds: float  # gain, in sample standard deviations of the scores before, of all pairs
     p_value: float  # two-sided paired t-test
     count: int  # of pairs
     conditions: int
+
+    @property
+    def ratio(self) -> float:
+        """Mean after relative to the mean before; NaN if that is not positive."""
+        return self.mean_after / self.mean_before if self.mean_before > 0 else math.nan
 
     @property
     def sample(self) -> str:
@@ -65,10 +71,9 @@ def paired(before: Sequence[float], after: Sequence[float], conditions: Sequence
     Raises:
         UsageError: fewer than two pairs, different counts, or a score that is not finite.
     """
-    if len(before) != len(after) or len(before) < 2:
+    _check_counts(before, after, conditions)
+    if len(before) < 2:
         raise UsageError(f"expected at least two pairs of scores, got {len(before)} before and {len(after)} after")
-    if conditions is not None and len(conditions) != len(before):
-        raise UsageError(f"expected the condition of each pair of scores, got {len(conditions)} for {len(before)}")
     if not all(map(math.isfinite, [*before, *after])):
         raise UsageError("a held-out score is not finite; look for NaN in the reward and in the videos")
     places = range(len(before))
@@ -85,11 +90,34 @@ def paired(before: Sequence[float], after: Sequence[float], conditions: Sequence
         mean_after=fmean(each_after),
         stderr_after=stdev(each_after) / root,
         gain=gain,
+        margin=_t_quantile(len(difference) - 1) * stdev(difference) / root,
         gain_in_stds=_ratio(gain, stdev(before)),
         p_value=_t_test_p(_ratio(gain, stdev(difference) / root), len(difference) - 1),
         count=len(before),
         conditions=distinct,
     )
+
+
+def paired_where_finite(
+    before: Sequence[float], after: Sequence[float], conditions: Sequence[Hashable]
+) -> Paired | None:
+    """`paired` over the pairs whose scores are both finite; None if there are fewer than two.
+
+    Raises:
+        UsageError: Different counts.
+    """
+    _check_counts(before, after, conditions)
+    finite = [i for i, scores in enumerate(zip(before, after, strict=True)) if all(map(math.isfinite, scores))]
+    if len(finite) < 2:
+        return None
+    return paired([before[i] for i in finite], [after[i] for i in finite], [conditions[i] for i in finite])
+
+
+def _check_counts(before: Sequence[float], after: Sequence[float], conditions: Sequence[Hashable] | None) -> None:
+    if len(before) != len(after):
+        raise UsageError(f"expected at least two pairs of scores, got {len(before)} before and {len(after)} after")
+    if conditions is not None and len(conditions) != len(before):
+        raise UsageError(f"expected the condition of each pair of scores, got {len(conditions)} for {len(before)}")
 
 
 def _means(scores: Sequence[float], units: Sequence[Hashable]) -> list[float]:
@@ -118,6 +146,16 @@ def _t_test_p(t: float, freedom: int) -> float:
     tail = half * float(weights @ np.cos(start + half * (1 + nodes)) ** (freedom - 1))
     whole = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
     return min(1.0, tail / whole)
+
+
+@functools.cache
+def _t_quantile(freedom: int, p: float = 0.05) -> float:
+    """The t for which P(|T| > t) = p; by bisection of the angle θ, T = √freedom · tan θ."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_test_p(math.sqrt(freedom) * math.tan(middle), freedom) > p else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 @functools.cache

@@ -29,13 +29,13 @@ class Statistics:
 
     @classmethod
     def of(cls, name: str, scores: Sequence[float]) -> Statistics:
-        """Statistics of the first scores, two or more.
+        """Statistics of those of the first scores that are finite.
 
         Raises:
-            UsageError: They are all the same.
+            UsageError: There are not two of them that differ.
         """
-        values = torch.tensor(scores, dtype=torch.float64)
-        variance = values.var().item()
+        values = torch.tensor([score for score in scores if math.isfinite(score)], dtype=torch.float64)
+        variance = values.var().item() if len(values) > 1 else 0.0
         if not variance > 0:
             raise UsageError(
                 f"rewards.{name}.normalize: all {len(scores)} held-out videos score {scores[0]:g}, so that there is no "

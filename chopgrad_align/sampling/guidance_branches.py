@@ -41,7 +41,7 @@ class GuidanceBranches:
 
     @property
     def unconditional(self) -> bool:
-        """Whether the denoiser is called for the unconditional prediction alone."""
+        """True while the denoiser is called for the unconditional prediction alone."""
         return self._named in _UNCONDITIONAL
 
     def predicted(self, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""One call of the denoiser that runs again in the backward pass, instead of keeping its activations."""
+"""A call of the denoiser that runs again in the backward pass, instead of keeping its activations."""
 
 from __future__ import annotations
 

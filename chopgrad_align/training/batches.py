@@ -50,6 +50,7 @@ class PromptBatches:
         held_out: What to measure with; in turn, each time with another seed.
         batch_size: Over all processes.
         seed: Of the run.
+        seeds: Held-out pairs of a condition that come one after the other.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class PromptBatches:
         held_out: Sequence[Condition],
         batch_size: int,
         seed: int,
+        seeds: int = 1,
     ) -> None:
         self._pipe, self._terms, self._batch_size, self._seed = pipe, list(objective.terms), batch_size, seed
-        self._training, self._held_out = training, held_out
+        self._training, self._held_out, self._seeds = training, held_out, seeds
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         chosen = _choose(len(self._training), self._batch_size, self._seed, step)
@@ -73,7 +75,7 @@ class PromptBatches:
 
     def held_out(self, places: range) -> MicroBatch:
         seeds = [held_out_seed(i) for i in places]
-        return self._made([self._held_out[i % len(self._held_out)] for i in places], seeds, seeds)
+        return self._made([self._held_out[i // self._seeds % len(self._held_out)] for i in places], seeds, seeds)
 
     def prompts(self, steps: int) -> list[str]:
         read = min(steps * self._batch_size, len(self._training))
@@ -102,11 +104,20 @@ class ClipBatches:
         batch_size: Over all processes.
         seed: Of the run.
         caption: Instead of each clip's own.
+        seeds: Held-out pairs of a clip that come one after the other.
     """
 
     def __init__(
-        self, pipe: Any, training: Clips, held_out: Clips, batch_size: int, seed: int, caption: str | None = None
+        self,
+        pipe: Any,
+        training: Clips,
+        held_out: Clips,
+        batch_size: int,
+        seed: int,
+        caption: str | None = None,
+        seeds: int = 1,
     ) -> None:
+        self._seeds = seeds
         self._pipe, self._batch_size, self._seed, self._caption = pipe, batch_size, seed, caption
         self._training, self._held_out, self._captions = training, held_out, training.captions
 
@@ -117,7 +128,7 @@ class ClipBatches:
         return dataclasses.replace(made, steps_seed=_steps_seed(self._seed, step))
 
     def held_out(self, places: range) -> MicroBatch:
-        clips = [held_out_clip(self._held_out, i) for i in places]
+        clips = [held_out_clip(self._held_out, i // self._seeds) for i in places]
         return on_device(self._made(clips, [held_out_seed(i) for i in places]), self._pipe.device)
 
     def prompts(self, steps: int) -> list[str]:

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 
+from ..common.errors import UsageError
+from ..common.loading import construct
+from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
 from ..sampling.rollout import check_call
-from .config import Config
+from . import guard
+from .config import Config, Guard
 from .data import clip_encoder
 from .lora import lora_config
 from .methods import DirectGradient
@@ -49,14 +53,24 @@ def load_models(
     """
     pipe = load_pipeline(config.model)
     check_prediction(pipe, config)
-    for call in calls:
-        check_call(pipe, {**call, **config.prediction.columns})
+    _check_calls(pipe, config, calls)
     objective = load_objective(config.rewards, device, config.losses)
     adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     torch.manual_seed(config.run.seed)  # the first weights
     with nullcontext() if new_weights is None else new_weights:
         trainable = LoraOnDenoisers(pipe, adapter, config.model.gradient_checkpointing)
     return Models(pipe, objective, trainable)
+
+
+def _check_calls(pipe: Any, config: Config, calls: Sequence[Mapping[str, Any]]) -> None:
+    steps = config.gradient.step_policy() if config.prediction.mode == "sample" else None
+    for key in ("latents", "num_videos_per_prompt", "prompt_embeds"):
+        if key in config.model.call:
+            raise UsageError(f"model.call.{key}: every video of a run is made of its own prompt and seed: leave it out")
+    if not isinstance(config.model.call.get("negative_prompt", ""), str | None):
+        raise UsageError("model.call.negative_prompt: expected one text, for all videos")
+    for call in calls:
+        check_call(pipe, {**call, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
 
 
 def make_method(
@@ -81,6 +95,37 @@ def make_method(
         "prediction": config.prediction.policy(clip_encoder(config)),
     }
     return DirectGradient(**{**settings, **changes})
+
+
+def make_witnesses(config: Config) -> dict[str, Witness]:
+    """The witnesses that a config asks for, their networks on the CPU.
+
+    Raises:
+        UsageError: As `load_witness`.
+    """
+    own = {name: witness for name, witness in config.witnesses.items() if witness is not None}
+    return {
+        name: load_witness(name, own[name].name, own[name].args) if name in own else BUILT_IN[name]()
+        for name in config.watched
+    }
+
+
+def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
+    """The guard that a config asks for.
+
+    Raises:
+        UsageError: A guard of the user's own that is none.
+    """
+    if config.name is not None:
+        made = construct("guard", config.name, config.name, dict(config.args))
+        if not isinstance(made, guard.Guard):
+            raise UsageError(f"guard.name: {config.name} made a {type(made).__name__}, expected a chopgrad_align.Guard")
+        return made
+    asked = {name: None if bound is None else Bounds.of(bound) for name, bound in config.bounds.items()}
+    bounds = {name: witness.bounds for name, witness in witnesses.items()} | asked
+    return guard.BoundsAndPatience(
+        {name: bound for name, bound in bounds.items() if bound is not None}, config.patience, config.on_breach
+    )
 
 
 def make_state(config: Config, trainable: Trainable) -> TrainState:

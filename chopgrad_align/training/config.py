@@ -20,6 +20,7 @@ from ..common.arguments import nearest, readable_text, shown, usable_path
 from ..common.errors import UsageError
 from ..common.loading import construct, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
+from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..sampling import predictions as prediction
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
@@ -62,6 +63,13 @@ def _expect_effect(section: Any, keys: Iterable[str], choice: str) -> None:
             raise ValueError(f"{key} has no effect with {choice}={getattr(section, choice)}: leave it out")
 
 
+def _bound(value: object) -> object:
+    each = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if value is not None and not all(isinstance(v, int | float) and not isinstance(v, bool) for v in each):
+        raise ValueError(f"expected a number, two in a list, or null, got {shown(value)}")
+    return value
+
+
 _MOST = 2**31 - 1  # of a count
 _MOST_BYTES = 2**20  # of a config
 _SHOWN = 5  # mistakes that are named in one message
@@ -80,6 +88,7 @@ Pixels = Annotated[int, Field(ge=1, le=2**14), BeforeValidator(_number)]
 Name = Annotated[str, Field(strict=True), AfterValidator(usable_path)]
 """Of a file, a folder, a class, a model: what a file system can be asked for."""
 Caption = Annotated[str, Field(strict=True), AfterValidator(readable_text)]
+Bound = Annotated[float | tuple[float, float] | None, BeforeValidator(_bound)]
 TermName = Annotated[str, AfterValidator(_term_name)]
 """Of a reward or a loss, in keys of metrics and in columns of prompt files."""
 
@@ -206,6 +215,39 @@ class Reward:
     def _cap_or_target(self) -> Reward:
         if self.cap is not None and self.target is not None:
             raise ValueError("give a cap or a target, not both")
+        return self
+
+
+@_strict
+class Witness:
+    name: Name
+    """A published reward, or a reward or `chopgrad_align.Witness` of your own: package.module:Class, or
+    path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of its class."""
+
+
+@_strict
+class Guard:
+    bounds: dict[TermName, Bound] = field(default_factory=dict)
+    """Of a witness's mean relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it, [0.7, 1.4]
+    both, null none. Witnesses that are not named keep their own bounds."""
+    patience: Positive | None = None
+    """Held-out measurements in a row without a better objective; default: any number."""
+    on_breach: Literal["warn", "stop", "back"] = "warn"
+    """Say it; or end the training too; or, back, export the best model within the bounds then, whatever
+    `checkpoint.export` is."""
+    name: Name | None = None
+    """Instead of all this, a `chopgrad_align.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of its class."""
+
+    @model_validator(mode="after")
+    def _one_guard(self) -> Guard:
+        if self.name is not None and (self.bounds or self.patience or self.on_breach != "warn"):
+            raise ValueError("bounds, patience and on_breach are of the built-in guard: leave them out, or the name")
+        if self.name is None and self.args:
+            raise ValueError("args are of a guard of your own: give its name too")
         return self
 
 
@@ -360,6 +402,9 @@ class Validation:
     """Steps between held-out measurements; 0: before and after only."""
     pairs: Annotated[Positive, Field(ge=2)] = 64
     """Pairs of held-out prompt and seed."""
+    seeds: Positive = 1
+    """Pairs of a condition that come one after the other: with 2, half as many conditions, and `diversity` between
+    seeds."""
     videos: NonNegative = 8
     """Of them, how many are written as mp4."""
     batch: Positive = 1
@@ -370,6 +415,9 @@ class Checkpoint:
     every: NonNegative = 0
     """Steps between checkpoints; 0: at the end only."""
     keep: Positive = 2
+    export: Literal["best", "last"] = "best"
+    """What lora/ holds: the best step by the held-out objective, of those measured to be within the guard's bounds, or
+    the last. The best weights so far are kept as `checkpoints/best-NNNNNN`."""
 
 
 @_strict
@@ -386,6 +434,10 @@ class Config:
     lora: Lora = field(default_factory=Lora)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
+    witnesses: dict[TermName, Witness | None] = field(default_factory=dict)
+    """Measured with every held-out measurement and not trained on, beside motion, flow, flicker, saturation, contrast,
+    sharpness, diversity and distance; null leaves one of these out."""
+    guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     trackers: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_each_once)] = field(default_factory=list)
 
@@ -402,6 +454,12 @@ class Config:
             )
         if self.data.cache is not None and self.data.clips is None and not self.model.encode_prompts_once:
             raise ValueError("data.cache has nothing to keep with model.encode_prompts_once=false: leave it out")
+        for name, reward in self.rewards.items():
+            if reward.weight == 0:
+                raise ValueError(
+                    f"rewards.{name}.weight=0 has no effect; to watch its score, leave it out and add "
+                    f"witnesses.{name}.name={reward.name}"
+                )
         if self.data.clips is None and (self.losses or self.prediction.mode != "sample" or self.prediction.columns):
             raise ValueError(
                 "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"
@@ -413,6 +471,28 @@ class Config:
                     f"losses.{name}.name={loss.name}: a loss of {of} needs prediction.mode={' or '.join(modes)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _watched(self) -> Config:
+        for name, witness in self.witnesses.items():
+            if witness is None and name not in BUILT_IN:
+                raise ValueError(f"witnesses.{name}=null leaves out nothing{nearest(name, BUILT_IN)}")
+        known = self.watched
+        for name, bound in self.guard.bounds.items():
+            if name not in known:
+                hint = nearest(name, known) or f"; there are {', '.join(known)}"
+                raise ValueError(f"guard.bounds.{name}: there is no such witness{hint}")
+            try:
+                _ = None if bound is None else Bounds.of(bound)
+            except UsageError as error:
+                raise ValueError(f"guard.bounds.{name}: {error}") from error
+        return self
+
+    @property
+    def watched(self) -> list[str]:
+        """The names of all witnesses."""
+        names = dict.fromkeys([*BUILT_IN, *self.witnesses])
+        return [name for name in names if self.witnesses.get(name, ...) is not None]
 
 
 def _package_path(path: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ..common.arguments import nearest, whole_number
-from ..common.errors import UsageError
+from ..common.errors import UsageError, located
 from ..data.buckets import Bucket
 from ..data.cache import Cache
 from ..data.clips import Clips
@@ -20,8 +20,6 @@ from ..sampling.predictions.latents import Encoder
 from .batches import Batches, ClipBatches, PromptBatches
 from .config import Clips as ClipsConfig
 from .config import Config
-
-_Made = TypeVar("_Made")
 
 
 class Data(Protocol):
@@ -35,8 +33,17 @@ class Data(Protocol):
         """What the trainer reads."""
         ...
 
-    def conditions(self, pairs: int) -> list[int]:
-        """What each held-out pair is of: equal for pairs of one prompt and image, or of one file of clips."""
+    def conditions(self, pairs: int, seeds: int) -> list[int]:
+        """What each held-out pair is of: equal for pairs of one prompt and image, or of one file of clips.
+
+        Args:
+            pairs: How many there are.
+            seeds: How many of a condition come one after the other.
+        """
+        ...
+
+    def groups(self, pairs: int, seeds: int) -> list[int]:
+        """The same, equal for pairs that differ in the seed alone: two clips of a file do not."""
         ...
 
 
@@ -60,11 +67,15 @@ class PromptData:
         return [dict(call)]
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> PromptBatches:
-        return PromptBatches(pipe, objective, self.training, self.held_out, config.train.batch_size, config.run.seed)
+        size, seed, seeds = config.train.batch_size, config.run.seed, config.validation.seeds
+        return PromptBatches(pipe, objective, self.training, self.held_out, size, seed, seeds)
 
-    def conditions(self, pairs: int) -> list[int]:
+    def conditions(self, pairs: int, seeds: int) -> list[int]:
         each = [(condition.prompt, condition.image) for condition in self.held_out]
-        return [each.index(each[i % len(each)]) for i in range(pairs)]
+        return [each.index(each[i // seeds % len(each)]) for i in range(pairs)]
+
+    def groups(self, pairs: int, seeds: int) -> list[int]:
+        return self.conditions(pairs, seeds)
 
 
 def _prompt_data(config: Config) -> PromptData:
@@ -96,10 +107,14 @@ class ClipData:
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> ClipBatches:
         caption = config.data.clips.caption if config.data.clips else None
-        return ClipBatches(pipe, self.training, self.held_out, config.train.batch_size, config.run.seed, caption)
+        size, seed, seeds = config.train.batch_size, config.run.seed, config.validation.seeds
+        return ClipBatches(pipe, self.training, self.held_out, size, seed, caption, seeds)
 
-    def conditions(self, pairs: int) -> list[int]:
-        return [i % len(self.held_out) for i in range(pairs)]
+    def conditions(self, pairs: int, seeds: int) -> list[int]:
+        return [i // seeds % len(self.held_out) for i in range(pairs)]
+
+    def groups(self, pairs: int, seeds: int) -> list[int]:
+        return [i // seeds for i in range(pairs)]
 
 
 def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
@@ -184,6 +199,10 @@ def buckets(config: Config, clips: ClipsConfig) -> list[Bucket]:
 def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bucket]) -> Clips:
     from ..data.degradations import load_degradation, load_mask
 
+    with located("data.clips.degradation"):
+        degradation = None if config.degradation is None else load_degradation(config.degradation)
+    with located("data.clips.mask"):
+        mask = None if config.mask is None else load_mask(config.mask)
     clips = Clips(
         rows,
         buckets,
@@ -191,20 +210,13 @@ def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bu
         fps=config.fps,
         starts=config.starts,
         crop=config.crop,
-        degradation=None if config.degradation is None else _made("degradation", load_degradation, config.degradation),
-        mask=None if config.mask is None else _made("mask", load_mask, config.mask),
+        degradation=degradation,
+        mask=mask,
         on_bad_file=config.on_bad_file,
     )
     if clips.bad:
         print(f"{name}: {clips.summary()}")
     return clips
-
-
-def _made(key: str, load: Callable[[Any], _Made], spec: Any) -> _Made:
-    try:
-        return load(spec)
-    except UsageError as error:
-        raise UsageError(f"data.clips.{key}: {error}") from error
 
 
 def _rows(name: str, split: str, config: ClipsConfig) -> list[Row]:

@@ -12,14 +12,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..common.arguments import nearest, shown, usable_path
-from ..common.errors import UsageError
+from ..common.errors import UsageError, located
 from ..objective.losses import load_loss
 from ..objective.objective import Objective
 from ..objective.reward import load_reward
 from ..objective.reward.loading import to_device
 from ..objective.terms import LatentTerm, LossTerm, RewardTerm, Term
 from ..sampling.predictions.latents import known_family
-from ..sampling.predictions.one_call import path_of
+from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
 from .lora import fuse_lora, lora_file
 
@@ -28,10 +28,8 @@ _LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffu
 
 def check_pipeline(name: str, argument: str) -> None:
     """Raise a UsageError, which calls it `argument`, for a name that is neither a pipeline's folder nor a hub id."""
-    try:
+    with located(argument):
         folder = Path(usable_path(name))
-    except UsageError as error:
-        raise UsageError(f"{argument}: {error}") from None
     if folder.exists():
         if not (folder / "model_index.json").is_file():
             raise UsageError(f"{argument}: {folder} holds no diffusers pipeline (no model_index.json)")
@@ -144,7 +142,8 @@ def load_objective(
     """The terms that a config names, with their networks on the device."""
     terms: dict[str, Term] = {}
     for key, reward in rewards.items():
-        loaded = to_device(load_reward(reward.name, **reward.args), device)
+        with located(f"rewards.{key}"):
+            loaded = to_device(load_reward(reward.name, **reward.args), device)
         terms[key] = RewardTerm(loaded, reward.weight, reward.cap, reward.target, reward.normalize)
     for key, loss in (losses or {}).items():
         if loss.name in _LATENT:
@@ -152,5 +151,6 @@ def load_objective(
                 raise UsageError(f"losses.{key}.args: {loss.name!r} takes none")
             terms[key] = LatentTerm(_LATENT[loss.name], loss.weight)
         else:
-            terms[key] = LossTerm(to_device(load_loss(loss.name, **loss.args), device), loss.weight)
+            with located(f"losses.{key}"):
+                terms[key] = LossTerm(to_device(load_loss(loss.name, **loss.args), device), loss.weight)
     return Objective(terms)

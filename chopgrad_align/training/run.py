@@ -8,10 +8,12 @@ from typing import Any
 
 from ..common.errors import UsageError
 from ..evaluation.heldout import Paired
-from .build import load_models, make_method, make_state
+from ..evaluation.witnesses import check_witnesses
+from .build import load_models, make_guard, make_method, make_state, make_witnesses
 from .config import Config, load_config
 from .data import Data, read_data
 from .folder import RunFolder
+from .history import History
 from .models import check_model
 from .parallel import Replicas
 from .phases import Phases
@@ -20,7 +22,7 @@ from .trainer import Trainer
 # What a resumed run may have another of.
 _FREE = (
     *("run.folder", "run.threads", "data.cache", "train.steps", "train.micro_batch"),
-    *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "trackers"),
+    *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "guard.", "trackers"),
     *("model.gradient_checkpointing", "model.fps", "gradient.cache", "gradient.checkpoint", "gradient.rows"),
 )
 
@@ -79,6 +81,8 @@ def build(config: Config, data: Data) -> Trainer:
     for name, term in models.objective.terms.items():
         prompts = (batches.prompts(0) * 2)[:2]  # there may be one
         term.check(name, prompts, call.get("num_frames", 5), size, parallel.device)
+    witnesses = make_witnesses(config)
+    check_witnesses(witnesses, (batches.prompts(0) * 2)[:2], call.get("num_frames", 5), size)
     # Weights and two moments in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
@@ -91,7 +95,10 @@ def build(config: Config, data: Data) -> Trainer:
         shares=shares,
         batches=batches,
         method=make_method(config, models, phases),
+        witnesses=witnesses,
+        guard=make_guard(config.guard, witnesses),
         state=make_state(config, models.trainable),
+        history=History(folder.measurements),
         folder=folder,
         phases=phases,
     )

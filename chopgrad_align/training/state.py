@@ -22,7 +22,6 @@ class Progress:
         step: Optimizer steps that are done.
         skipped: Those of them that changed no weight, because a loss or gradient was not finite.
         skipped_in_a_row: The last ones of these.
-        baseline: The objective of each held-out pair of the model as it was; None before it was measured.
         initial: Statistics of normalized terms of the model as it was: with these held-out scores stay comparable.
         running: The same, followed over training.
     """
@@ -30,7 +29,6 @@ class Progress:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    baseline: list[float] | None = None
     initial: dict[str, Statistics] = field(default_factory=dict)
     running: dict[str, Statistics] = field(default_factory=dict)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +17,20 @@ from ..common.errors import UsageError
 from ..data.cache import Cache
 from ..data.order import mix
 from ..evaluation.curves import draw_curves
-from ..evaluation.heldout import Paired, paired
+from ..evaluation.heldout import Paired, paired_where_finite
 from ..evaluation.report import write_report
 from ..evaluation.sheet import draw_samples
+from ..evaluation.witnesses import Witness
 from ..sampling.predictions.columns import arguments
 from .batches import Batches, held_out_seed, on_device
-from .checkpoints import read_state, write_state
+from .checkpoints import read_state, read_weights, write_state, write_weights
 from .config import Config, header, to_yaml
 from .data import Data
 from .encoded_prompts import encode_prompts
 from .folder import RunFolder, os_errors_as_usage_errors
-from .measurement import evaluate, heldout_row
+from .guard import Guard, Verdict, best, exported, remarks
+from .history import History
+from .measurement import Measurement, comparison, evaluate, joined, pictures, with_nulls
 from .methods import DirectGradient, MicroBatch
 from .parallel import Replicas
 from .phases import Phases
@@ -53,23 +57,27 @@ class Trainer:
     shares: list[range]
     batches: Batches
     method: DirectGradient
+    witnesses: Mapping[str, Witness]
+    guard: Guard
     state: TrainState
+    history: History
     folder: RunFolder
     phases: Phases
+    verdicts: list[Verdict] = field(default_factory=list)  # of the guard, on each measurement but the first
 
     def run(self) -> Paired | None:
         """Measure, train, save and report; the main process returns the comparison of before and after."""
         progress, steps = self.state.progress, self.config.train.steps
-        if progress.baseline is None:
+        if not self.history.measured:
             self.measure_baseline()
-        elif not self.folder.measured(progress.step):  # killed between the checkpoint and its measurement
+        elif not self.history.has(progress.step):  # killed between the checkpoint and its measurement
             self.measure_if_due()
         places = ((step, share) for step in range(progress.step, steps) for share in self.shares)
         with (
             Prefetched(self.batches.micro_batch, places) as micro_batches,
             tqdm(initial=progress.step, total=steps, disable=not self.parallel.is_main, desc="align") as bar,
         ):
-            while progress.step < steps:
+            while progress.step < steps and not self.stopped:
                 row = self.step(micro_batches)
                 self.log(row)
                 bar.update()
@@ -135,13 +143,15 @@ class Trainer:
 
     def measure_baseline(self) -> None:
         """Measure the model as it is, and save the run's beginning."""
-        progress = self.state.progress
-        progress.baseline, _ = self.measure("before")
-        if not all(map(math.isfinite, progress.baseline)):
+        objective = self.measure("before").objective
+        finite = sum(map(math.isfinite, objective))
+        if finite < 2:
             raise UsageError(
-                f"the reward of a held-out video of the model as it is, untrained, is not finite: {progress.baseline}"
+                f"the reward of a held-out video of the model as it is, untrained, is not finite: {objective}"
             )
-        progress.running = progress.initial
+        if finite < len(objective) and self.parallel.is_main:
+            tqdm.write(f"{len(objective) - finite} of {len(objective)} held-out pairs are left out: not finite before")
+        self.state.progress.running = self.state.progress.initial
         self.save()
 
     def measure_if_due(self) -> None:
@@ -149,9 +159,20 @@ class Trainer:
         step = self.state.progress.step
         if self.is_due(self.config.validation.every) and 0 < step < self.config.train.steps:
             self.measure(f"step-{step:06d}")
+            if self.stopped and not self.is_due(self.config.checkpoint.every):
+                self.save()
 
-    def measure(self, name: str) -> tuple[list[float], list[str]]:
-        """The objective and the prompt of each held-out pair; samples go into the folder of that name."""
+    @property
+    def stopped(self) -> bool:
+        """Whether the guard ended the training."""
+        return bool(self.verdicts) and self.verdicts[-1].stop
+
+    def judge(self, place: int) -> Verdict:
+        """What the guard says of one of the measurements after the base model's."""
+        return self.guard.judge(self.history.baseline, self.history.measured[1:place], self.history.measured[place])
+
+    def measure(self, name: str) -> Measurement:
+        """Measure the held-out pairs, and keep the weights if they are the best; samples go into a folder."""
         self.state.trainable.eval()
         validation, objective = self.config.validation, self.method.objective
         share = evaluate(
@@ -159,23 +180,40 @@ class Trainer:
             dict(self.method.call),
             self.method.prediction,
             objective,
+            self.witnesses,
             self.batches,
             validation.pairs,
             validation.batch,
             (self.parallel.rank, self.parallel.world),
             (self.folder.samples / name, validation.videos, self.config.model.fps),
         )
-        shares, progress = self.parallel.gather_objects(share), self.state.progress
-        terms = {name: [v for s in shares for v in s.terms[name]] for name in objective.terms}
-        weights = {name: [w for s in shares for w in s.weights[name]] for name in objective.terms}
-        progress.initial = progress.initial or objective.first_statistics(terms)
-        raw = {name: torch.tensor(values, dtype=torch.float64) for name, values in terms.items()}
-        totals = torch.stack([*objective.values(raw, weights, progress.initial).values()]).sum(0).tolist()
-        prompts = [prompt for s in shares for prompt in s.prompts]
-        self.log(heldout_row(progress.step, totals, terms))
+        scores, progress = joined(self.parallel.gather_objects(share)), self.state.progress
+        progress.initial = progress.initial or objective.first_statistics(scores.terms)
+        raw = {name: torch.tensor(values, dtype=torch.float64) for name, values in scores.terms.items()}
+        values = objective.values(raw, scores.weights, progress.initial)
+        now = Measurement(
+            step=progress.step,
+            objective=torch.stack([*values.values()]).sum(0).tolist(),
+            terms=scores.terms,
+            witnesses=self.history.values(
+                self.witnesses, scores.kept, self.data.groups(validation.pairs, validation.seeds)
+            ),
+            prompts=scores.prompts,
+            conditions=self.data.conditions(validation.pairs, validation.seeds),
+        )
+        measured = [*self.history.measured, now]
+        if len(measured) > 1:
+            self.verdicts.append(self.guard.judge(measured[0], measured[1:-1], now))
         if self.parallel.is_main:
-            self.folder.write(self.folder.samples / "prompts.json", json.dumps(prompts))
-        return totals, prompts
+            if best(measured, self.verdicts) is now:
+                with self.folder.best(now.step) as path:  # first, so that what is said to be the best is there
+                    write_weights(self.state.trainable.state_dict(), path)
+            for sentence in self.verdicts[-1].sentences.values() if self.verdicts else ():
+                tqdm.write(f"guard: {sentence}")
+            self.folder.write(self.folder.samples / "prompts.json", json.dumps(scores.prompts))
+        self.history.add(now, write=self.parallel.is_main)
+        self.log(now.row())
+        return now
 
     def log(self, row: dict[str, float]) -> None:
         """Write a row of metrics."""
@@ -188,34 +226,62 @@ class Trainer:
         if self.parallel.is_main:
             with self.folder.checkpoint(self.state.progress.step, self.config.checkpoint.keep) as path:
                 write_state(self.state.state_dict(), path)
+            # Not earlier: a run that goes on from the checkpoint before this one may want what was the best there.
+            self.forget_worse()
         self.parallel.wait()
 
+    def forget_worse(self) -> None:
+        """Remove kept weights that are the best no more."""
+        found = best(self.history.measured, self.verdicts)
+        self.folder.forget_best(but=found.step if found else None)
+
+    def export(self, weights: Path | None = None) -> None:
+        """Export the trained weights, or others."""
+        if weights is not None:
+            self.state.trainable.load_state_dict(read_weights(weights))
+        with os_errors_as_usage_errors(self.folder.path):
+            self.state.trainable.export(self.folder.lora)
+
     def finish(self) -> Paired | None:
-        """Export what was trained, measure it and report."""
+        """Measure what was trained, export it or the best that was measured before, and report."""
+        step, steps, measured = self.state.progress.step, self.config.train.steps, self.history.measured
         if self.parallel.is_main:
-            with os_errors_as_usage_errors(self.folder.path):
-                self.state.trainable.export(self.folder.lora)
-        before = self.state.progress.baseline
-        assert before is not None
-        after, prompts = self.measure("after")
-        conditions = self.data.conditions(len(before))
-        result = paired(before, after, conditions)
+            self.export()
+        if not self.history.has(step):
+            self.measure(f"step-{step:06d}")
+        after, remark = exported(measured, self.verdicts, self.config.checkpoint.export)
         if self.parallel.is_main:
-            held = {
-                "before": before,
-                "after": after,
-                "prompts": prompts,
-                "conditions": conditions,
-                "seeds": [held_out_seed(i) for i in range(len(prompts))],
+            if after.step != step:
+                weights = self.folder.weights(after.step)
+                if weights is None:  # the bounds were others when it was measured
+                    after, remark = (
+                        measured[-1],
+                        f"the best weights, of step {after.step}, are gone: lora/ holds the last",
+                    )
+                else:
+                    self.export(weights)
+            self.forget_worse()
+            ended = f"training ended at step {step} of {steps}" if step < steps else ""
+            held = comparison(measured, after) | {
+                "seeds": [held_out_seed(i) for i in range(len(after.prompts))],
+                "bounds": {name: [b.least, b.most] for name, b in self.guard.bounds.items()},
+                "remarks": [text for text in (*remarks(self.verdicts), ended, remark) if text],
             }
-            with os_errors_as_usage_errors(self.folder.path):
-                self.folder.write(self.folder.held_out, json.dumps(held))
-                draw_curves(self.folder.path)
-                draw_samples(self.folder.path)
-                write_report(self.folder.path)
+            self.folder.write(self.folder.held_out, json.dumps(with_nulls(held)))
+            self.folder.show_as_after(after.step)
+            for what, make in (
+                ("curves.png", draw_curves),
+                ("samples.png", draw_samples),
+                ("the report", write_report),
+            ):
+                with pictures(what):
+                    make(self.folder.path)
         self.parallel.wait()
         self.parallel.end()
-        return result if self.parallel.is_main else None
+        before = self.history.baseline
+        return (
+            paired_where_finite(before.objective, after.objective, after.conditions) if self.parallel.is_main else None
+        )
 
     def prepare(self, resume: bool) -> None:
         """Encode prompts, move the pipeline to its device, and take up where the last checkpoint was."""
@@ -228,9 +294,12 @@ class Trainer:
         self.pipe.to(self.parallel.device)
         if resume:
             self.state.load_state_dict(read_state(self.folder.latest_checkpoint()))
+            self.history.load(self.state.progress.step)
+            self.verdicts = [self.judge(place) for place in range(1, len(self.history.measured))]
         if self.parallel.is_main:
             if resume:
                 self.folder.rewind(self.state.progress.step)
+                self.history.rewind(self.state.progress.step)
             self.folder.write(self.folder.config, header(self.config) + to_yaml(self.config))
         self.parallel.start_trackers()
 

@@ -17,7 +17,7 @@ from ...objective.objective import Objective
 from ...objective.statistics import Statistics
 from ...objective.terms import Reference
 from ...sampling.predictions import Prediction, Sample
-from ...sampling.rollout import Clips, clips
+from ...sampling.rollout import RolloutPart, rollout_parts
 from ...sampling.steps import StepPolicy
 from .protocol import MicroBatch
 from .streaming import StreamedLosses, can_stream
@@ -65,10 +65,10 @@ class DirectGradient:
                 return streamed.decode(whole, *args, **kwargs)
 
         latents = self.objective.reads_latents
-        with self.prediction.begin(self.pipe, batch.videos, batch.seeds, True, latents) as begun:
-            made = clips(
+        with self.prediction.prepare(self.pipe, batch.videos, batch.seeds, True, latents) as prepared:
+            made = rollout_parts(
                 self.pipe,
-                {**call, **begun.inputs},
+                {**call, **prepared.inputs},
                 self.steps,
                 self.backprop,
                 decode=decode,
@@ -76,17 +76,17 @@ class DirectGradient:
                 steps_seed=batch.steps_seed,
             )
             rows = []
-            while (clip := self._next(made)) is not None:
-                rows.append(clip.share * self._backward(clip, batch, begun.reference(), streamed, statistics))
+            while (part := self._next(made)) is not None:
+                rows.append(part.share * self._backward(part, batch, prepared.reference(), streamed, statistics))
         return torch.stack(rows).sum(0)
 
-    def _next(self, made: Iterator[Clips]) -> Clips | None:
+    def _next(self, made: Iterator[RolloutPart]) -> RolloutPart | None:
         with self.phases("sampling"):
             return next(made, None)
 
     def _backward(
         self,
-        clip: Clips,
+        part: RolloutPart,
         batch: MicroBatch,
         reference: Reference,
         streamed: StreamedLosses | None,
@@ -95,12 +95,12 @@ class DirectGradient:
         """Score clips and take the gradient, before the next ones are made; returns rows as `accumulate` does."""
         with self.phases("reward"):
             known = {} if streamed is None else streamed.scores
-            scores = self.objective.scores(clip.video, batch.prompts, batch.frame_seeds, reference, known)
+            scores = self.objective.scores(part.video, batch.prompts, batch.frame_seeds, reference, known)
             values = self.objective.values(scores, batch.weights, statistics)
             total = torch.stack([*values.values()]).sum(0)
         with self.phases("backward"):
             # The streamed losses are part of the total's value, but not of its graph.
             whole_batch = total.sum() if streamed is None else total.sum() + streamed.value
-            (-clip.share * whole_batch / self.batch_size).backward()
+            (-part.share * whole_batch / self.batch_size).backward()
         columns = [total, *scores.values(), *values.values()]
         return torch.stack([column.detach().float() for column in columns], 1)
