@@ -65,6 +65,13 @@ def _expect_effect(section: Any, keys: Iterable[str], choice: str) -> None:
             raise ValueError(f"{key} has no effect with {choice}={getattr(section, choice)}: leave it out")
 
 
+def _bound(value: object) -> object:
+    each = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if value is not None and not all(isinstance(v, int | float) and not isinstance(v, bool) for v in each):
+        raise ValueError(f"expected a number, two in a list, or null, got {shown(value)}")
+    return value
+
+
 _MOST = 2**31 - 1  # of a count
 _MOST_BYTES = 2**20  # of a config
 _SHOWN = 5  # mistakes that are named in one message
@@ -83,6 +90,7 @@ Pixels = Annotated[int, Field(ge=1, le=2**14), BeforeValidator(_number)]
 Name = Annotated[str, Field(strict=True), AfterValidator(usable_path)]
 """Of a file, a folder, a class, a model: what a file system can be asked for."""
 Caption = Annotated[str, Field(strict=True), AfterValidator(readable_text)]
+Bound = Annotated[float | tuple[float, float] | None, BeforeValidator(_bound)]
 TermName = Annotated[str, AfterValidator(_term_name)]
 """Of a reward or a loss, in keys of metrics and in columns of prompt files."""
 
@@ -216,7 +224,7 @@ class Reward:
 
 @_strict
 class Witness:
-    name: str
+    name: Name
     """A published reward, or a reward or `chopgrad_align.Witness` of your own: package.module:Class, or
     path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -225,7 +233,7 @@ class Witness:
 
 @_strict
 class Guard:
-    bounds: dict[str, PositiveFloat | tuple[NonNegativeFloat, PositiveFloat] | None] = field(default_factory=dict)
+    bounds: dict[TermName, Bound] = field(default_factory=dict)
     """Of a witness's mean relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it, [0.7, 1.4]
     both, null none. Witnesses that are not named keep their own bounds."""
     patience: Positive | None = None
@@ -233,7 +241,7 @@ class Guard:
     on_breach: Literal["warn", "stop", "back"] = "warn"
     """Say it; or end the training too; or, back, export the best model within the bounds then, whatever
     `checkpoint.export` is."""
-    name: str | None = None
+    name: Name | None = None
     """Instead of all this, a `chopgrad_align.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Of its class."""
@@ -492,7 +500,7 @@ class Config:
     ema: Ema = field(default_factory=Ema)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
-    witnesses: dict[str, Witness | None] = field(default_factory=dict)
+    witnesses: dict[TermName, Witness | None] = field(default_factory=dict)
     """Measured with every held-out measurement and not trained on, beside motion, flow, flicker, saturation, contrast,
     sharpness, diversity and distance; null leaves one of these out."""
     guard: Guard = field(default_factory=Guard)
