@@ -268,6 +268,16 @@ def test_dropout_and_autocast_are_the_same_when_groups_run_again():
         assert torch.equal(after, state)  # the backward pass draws nothing
 
 
+def test_a_trained_weight_under_autocast_gets_its_gradient():
+    vae = tiny_vaes.wan_vae()
+    weight = vae.decoder.mid_block.resnets[0].conv1.weight.requires_grad_()
+    latents = torch.randn(1, 4, 2, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradient(weighted(vae.decode(latents).sample.float()), weight)
+        pixels = decode(vae, latents)
+        assert relative_error(gradient(weighted(pixels.float()), weight), expected) < 3e-2
+
+
 def _peak(vae, frames: int, backprop) -> float:
     latents = torch.randn(1, 4, frames, 4, 4, requires_grad=True)
     with StorageCount() as storage:

@@ -373,16 +373,17 @@ def test_wrong_uses_are_refused_in_words():
 
 
 class Mean(nn.Module):
-    """A decoder that is not in diffusers: two layers, of which the second sees all frames."""
+    """A decoder that is not in diffusers: two layers, of which the second sees all frames, and a gain."""
 
     def __init__(self):
         super().__init__()
         self.conv_in = nn.Conv3d(4, 8, 3, padding=1)
         self.conv_out = nn.Conv3d(8, 3, 3, padding=1)
+        self.gain = nn.Parameter(torch.tensor(0.5))
 
     def decode(self, latents):
         x = self.conv_in(latents)
-        return self.conv_out(x - x.mean(2, keepdim=True))
+        return self.gain * self.conv_out(x - x.mean(2, keepdim=True))
 
 
 class MeanDecoder(WholeDecoder):
@@ -396,6 +397,9 @@ class MeanDecoder(WholeDecoder):
         vae = self.vae
         return [stateless(vae.conv_in), stateless(lambda x: vae.conv_out(x - x.mean(2, keepdim=True)))]
 
+    def epilogue(self, output, clamp):
+        return self.vae.gain * output
+
 
 def test_a_new_decoder_is_one_small_class(monkeypatch):
     vae, latents = Mean(), torch.randn(1, 4, 3, 4, 4, requires_grad=True)
@@ -405,4 +409,8 @@ def test_a_new_decoder_is_one_small_class(monkeypatch):
     decoders.register_decoder(Mean, MeanDecoder)
     for backprop in POLICIES:
         assert_same(decode(vae, latents, backprop), vae.decode(latents), latents)
+        of_gain, expected = (
+            gradient(weighted(p), vae.gain) for p in (decode(vae, latents, backprop), vae.decode(latents))
+        )
+        torch.testing.assert_close(of_gain, expected)
     assert torch.equal(decode(vae, latents, frames=[1]), vae.decode(latents)[:, :, 1:2])
