@@ -121,8 +121,8 @@ SHAPES = {
     "kvae, a rest of one frame": Case("kvae_video_vae", (1, 4, 6, 2, 2)),
 }
 TILES = {
-    "wan2.1": Case("wan_vae", (2, 4, 3, 4, 3), tiling=strided((12, 8), (8, 4))),
-    "wan2.2": Case("wan_vae", (1, 4, 3, 3, 4), {"residual": True}, tiling=strided((16, 24), (8, 16))),
+    "wan2.1": Case("wan_vae", (1, 4, 2, 4, 3), tiling=strided((12, 8), (8, 4))),
+    "wan2.2": Case("wan_vae", (1, 4, 2, 3, 4), {"residual": True}, tiling=strided((16, 24), (8, 16))),
     "qwen-image": Case("qwen_image_vae", (1, 4, 2, 4, 3), tiling=strided((12, 8), (8, 4))),
     "cogvideox": Case("cogvideox_vae", (1, 4, 5, 4, 5), tiling=COGVIDEOX_TILES),
     "mochi": Case("mochi_vae", (1, 4, 2, 4, 4), tiling=strided((6, 4), (4, 2))),
@@ -185,8 +185,9 @@ def test_pixels_bit_for_bit_and_the_gradient_of_plain_autograd(case):
     expected = case.reference(vae, latents)
     expected_gradient = gradient(weighted(expected), latents)
     assert expected_gradient.norm() > 0
-    for backprop in POLICIES:
-        pixels = case.decode(vae, latents, backprop)
+    in_pieces = case.tiling is not None or case.slicing  # each of which is decoded by itself
+    for backprop in (Exact(), Full()) if in_pieces else POLICIES:
+        pixels = case.decode(vae, latents, backprop).mul_(1)  # it is no view, which may not be written into
         assert torch.equal(pixels, expected), backprop
         assert relative_error(gradient(weighted(pixels), latents), expected_gradient) < ROUNDING, backprop
     with torch.no_grad():
@@ -250,7 +251,7 @@ def peak(case: Case, shape: tuple[int, ...], backprop) -> float:
     return storage.peak
 
 
-@over(EACH)
+@over(WHOLE | {"wan2.2, in tiles": TILES["wan2.2"]})
 def test_peak_memory_is_far_below_plain_autograds(case):
     scale = 2 if case.tiling is None else 1
     shape = (*case.shape[:-2], *(scale * side for side in case.shape[-2:]))
@@ -298,6 +299,7 @@ def test_all_known_decoders_are_tested():
     assert tested == set(decoders._KNOWN)
 
 
+@pytest.mark.slow
 def test_the_table_of_the_documentation(tmp_path, monkeypatch):
     script, output = Path(__file__).parents[1] / "scripts" / "table_decoders.py", tmp_path / "table.md"
     command = f"{script} --only AutoencoderKLCosmos AutoencoderKLMagvit --size 64x64 --frames 9 17 --output {output}"

@@ -196,6 +196,7 @@ HOSTED = {
     "groups": Exact(cache="host", checkpoint=False),
     "rows": Exact(cache="host", rows=5),
     "band": Truncated(1, cache="host"),
+    "apart": Truncated(0, cache="host", checkpoint=False),
 }
 
 
@@ -218,11 +219,13 @@ def test_copies_on_another_stream_are_waited_for(hosted, monkeypatch):
     assert not any(place._in_transit or place._prefetched for place in places)
 
 
-def test_copies_of_one_pass_are_waited_for(monkeypatch):
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["blocks", "groups"])
+def test_copies_of_one_pass_are_waited_for(checkpoint, monkeypatch):
     vae, latents = tiny_vaes.wan_vae(), torch.randn(1, 4, 3, 2, 2, requires_grad=True)
 
     def loss():
-        return decode_loss(vae, latents, lambda pixels, frames: pixels.square().sum(), Truncated(0, cache="host"))
+        backprop = Truncated(0, cache="host", checkpoint=checkpoint)
+        return decode_loss(vae, latents, lambda pixels, frames: pixels.square().sum(), backprop)
 
     expected = gradient(loss(), latents)
     places, value = Streams().install(monkeypatch), loss()
