@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -277,13 +275,21 @@ class Trainer:
         found = best(self.history.measured, self.verdicts)
         self.folder.forget_best(but=found.step if found else None)
 
-    def export(self, weights: Path | None = None) -> None:
-        """Export the trained weights, or others."""
-        if weights is not None:
-            self.state.trainable.load_state_dict(read_weights(weights))
-        averaged = self.state.averaged() if weights is None else nullcontext()
-        with averaged, self.folder.exporting() as path:
+    def export(self) -> None:
+        """Export the weights, or their average."""
+        with self.state.averaged(), self.folder.exporting() as path:
             self.state.trainable.export(path)
+
+    def export_measured(self, step: int) -> bool:
+        """Export what was measured at an earlier step, and leave it in the model, if it was kept."""
+        weights = self.parallel.on_main(lambda: self.folder.weights(step))
+        if weights is None:
+            return False
+        self.state.trainable.load_state_dict(read_weights(weights))  # on every process
+        if self.parallel.is_main:
+            with self.folder.exporting() as path:  # not averaged once more
+                self.state.trainable.export(path)
+        return True
 
     def finish(self) -> Paired | None:
         """Measure what was trained, export it or the best that was measured before, and report."""
@@ -293,24 +299,17 @@ class Trainer:
         if not self.history.has(step):
             self.measure(f"step-{step:06d}")
         after, remark = exported(measured, self.verdicts, self.config.checkpoint.export)
+        if after.step != step and not self.export_measured(after.step):  # the bounds were others when it was measured
+            remark = f"the best weights, of step {after.step}, were not kept: lora/ holds the last"
+            after = measured[-1]
         if self.parallel.is_main:
-            if after.step != step:
-                weights = self.folder.weights(after.step)
-                if weights is None:  # the bounds were others when it was measured
-                    after, remark = (
-                        measured[-1],
-                        f"the best weights, of step {after.step}, are gone: lora/ holds the last",
-                    )
-                else:
-                    self.export(weights)
             self.forget_worse()
             ended = f"training ended at step {step} of {steps}" if step < steps else ""
             self.report(after, ended, remark)
         self.parallel.wait()
-        before = self.history.baseline
-        return (
-            paired_where_finite(before.objective, after.objective, after.conditions) if self.parallel.is_main else None
-        )
+        if not self.parallel.is_main:
+            return None
+        return paired_where_finite(self.history.baseline.objective, after.objective, after.conditions)
 
     def finish_early(self, early: Interrupted | LostError) -> None:
         """Save, export and report what there is; nothing is measured any more."""
@@ -338,8 +337,10 @@ class Trainer:
             held |= comparison(self.history.measured, after)
             held["seeds"] = [held_out_seed(i) for i in range(len(after.prompts))]
             held["bounds"] = {name: [b.least, b.most] for name, b in self.guard.bounds.items()}
-            self.folder.show_as_after(after.step)
         self.folder.write(self.folder.held_out, json.dumps(with_nulls(held)))
+        if after is not None:
+            with pictures("samples/after"):
+                self.folder.show_as_after(after.step)
         for what, make in (("curves.png", draw_curves), ("samples.png", draw_samples), ("the report", write_report)):
             with pictures(what):
                 make(self.folder.path)
