@@ -19,7 +19,7 @@ from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.video import read_video
-from chopgrad_align.training import batches, trainer
+from chopgrad_align.training import batches
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.lora import load_lora
@@ -350,9 +350,9 @@ def test_a_run_killed_while_it_measures_measures_that_step_again(configure, tmp_
             raise RuntimeError("killed")
         return measured[-1]
 
-    evaluate = trainer.evaluate
+    evaluate = validation.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", killed)
+        patch.setattr(validation, "evaluate", killed)
         with pytest.raises(RuntimeError, match="killed"):
             train(configure(*options))
     run = tmp_path / "run"
@@ -366,7 +366,7 @@ def test_a_run_killed_while_it_measures_measures_that_step_again(configure, tmp_
 
     # Of one that was measured, nothing is measured twice.
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "evaluate", lambda *args: measured.append(evaluate(*args)) or measured[-1])
+        patch.setattr(validation, "evaluate", lambda *args: measured.append(evaluate(*args)) or measured[-1])
         measured.clear()
         train(configure("train.steps=4", *options[1:]), resume=True)
     assert len(measured) == 1
