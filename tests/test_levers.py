@@ -329,6 +329,7 @@ def test_memory_of_81_frames_of_wan(height, width, goal):
     assert host > device  # where the caches are
 
 
+@pytest.mark.slow
 def test_every_lever_saves_memory_at_the_real_size():
     levers = [
         Exact(checkpoint=False, memory_efficient_layers=False),
