@@ -31,6 +31,15 @@ class Interrupted(Exception):
 
 
 @contextmanager
+def located(where: str) -> Iterator[None]:
+    """Let the sentence of a `UsageError` within the context begin with a place, such as a key or a line of a file."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+@contextmanager
 def exit_on_usage_error() -> Iterator[None]:
     """Wrap a script's body: a `UsageError` becomes one line on stderr and exit status 2, without a traceback.
 

@@ -65,6 +65,13 @@ def _expect_effect(section: Any, keys: Iterable[str], choice: str) -> None:
             raise ValueError(f"{key} has no effect with {choice}={getattr(section, choice)}: leave it out")
 
 
+def _bound(value: object) -> object:
+    each = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if value is not None and not all(isinstance(v, int | float) and not isinstance(v, bool) for v in each):
+        raise ValueError(f"expected a number, two in a list, or null, got {shown(value)}")
+    return value
+
+
 _MOST = 2**31 - 1  # of a count
 _MOST_BYTES = 2**20  # of a config
 _SHOWN = 5  # mistakes that are named in one message
@@ -83,6 +90,7 @@ Pixels = Annotated[int, Field(ge=1, le=2**14), BeforeValidator(_number)]
 Name = Annotated[str, Field(strict=True), AfterValidator(usable_path)]
 """Of a file, a folder, a class, a model: what a file system can be asked for."""
 Caption = Annotated[str, Field(strict=True), AfterValidator(readable_text)]
+Bound = Annotated[float | tuple[float, float] | None, BeforeValidator(_bound)]
 TermName = Annotated[str, AfterValidator(_term_name)]
 """Of a reward or a loss, in keys of metrics and in columns of prompt files."""
 
@@ -216,7 +224,7 @@ class Reward:
 
 @_strict
 class Witness:
-    name: str
+    name: Name
     """A published reward, or a reward or `chopgrad_align.Witness` of your own: package.module:Class, or
     path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -225,7 +233,7 @@ class Witness:
 
 @_strict
 class Guard:
-    bounds: dict[str, PositiveFloat | tuple[NonNegativeFloat, PositiveFloat] | None] = field(default_factory=dict)
+    bounds: dict[TermName, Bound] = field(default_factory=dict)
     """Of a witness's mean relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it, [0.7, 1.4]
     both, null none. Witnesses that are not named keep their own bounds."""
     patience: Positive | None = None
@@ -233,7 +241,7 @@ class Guard:
     on_breach: Literal["warn", "stop", "back"] = "warn"
     """Say it; or end the training too; or, back, export the best model within the bounds then, whatever
     `checkpoint.export` is."""
-    name: str | None = None
+    name: Name | None = None
     """Instead of all this, a `chopgrad_align.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Of its class."""
@@ -254,6 +262,22 @@ class Loss:
     weight: PositiveFloat = 1.0
     args: dict[str, Any] = field(default_factory=dict)
     """Of its class."""
+
+
+@_strict
+class Term:
+    name: str
+    """package.module:Class or path/to/file.py:Class, of a `chopgrad_align.Term`."""
+    weight: Finite = 1.0
+    """Given to the class, beside the args."""
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@_strict
+class Reference:
+    weight: NonNegativeFloat = 0.0
+    """Of the mean squared distance of the denoiser's predictions to those of the untrained model, in the steps that
+    carry gradient: a KL penalty, which takes one more forward for each. 0: none."""
 
 
 @_strict
@@ -388,8 +412,40 @@ class Train:
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegative = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of AdamW, as weight_decay; with an optimizer by name they belong into its args."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
+    optimizer: Named | None = None
+    """Default: AdamW. Any of torch.optim by its dotted name, such as torch.optim.Muon, of an installed package, such as
+    bitsandbytes.optim.AdamW8bit, prodigyopt.Prodigy or schedulefree.AdamWScheduleFree, or path/to/file.py:Class."""
+    schedule: Named | None = None
+    """Default: constant after `warmup_steps`, whose first step has lr / warmup_steps. Or one of transformers'
+    get_scheduler (linear, cosine, polynomial, inverse_sqrt, …), which begin at 0 if there is a warmup; or a
+    class of torch.optim.lr_scheduler by its dotted name."""
+
+    @model_validator(mode="after")
+    def _adamw(self) -> Train:
+        if self.optimizer is not None and (self.betas, self.weight_decay) != ((0.9, 0.999), 0.0):
+            raise ValueError(
+                f"betas and weight_decay are those of the default AdamW; give them in train.optimizer.args of "
+                f"{self.optimizer.name}"
+            )
+        return self
+
+    @property
+    def schedule_reads_steps(self) -> bool:
+        """Whether the learning rate of a step depends on how many there will be."""
+        return (
+            self.schedule is not None
+            and self.schedule.name not in (*("constant", "constant_with_warmup", "inverse_sqrt"),)
+            and "." not in self.schedule.name
+        )
+
+
+@_strict
+class Ema:
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Average the trained weights over the steps, a ← decay a + (1 - decay) θ; it is measured and exported."""
 
 
 @_strict
@@ -432,11 +488,19 @@ class Config:
     """Terms of the objective that should rise: a name of your own for each."""
     losses: dict[TermName, Loss] = field(default_factory=dict)
     """Those that should fall."""
+    terms: dict[str, Term] = field(default_factory=dict)
+    """Terms of your own kind."""
+    reference: Reference = field(default_factory=Reference)
     prediction: Prediction = field(default_factory=Prediction)
     lora: Lora = field(default_factory=Lora)
+    trainable: Named | None = None
+    """What is trained instead of a LoRA: `modules`, with args.modules a list of regular expressions of whole names such
+    as transformer.blocks.0.ffn or vae.decoder.conv_out; or a class of your own, which is called with the pipeline and
+    the args, see chopgrad_align/training/trainable.py."""
+    ema: Ema = field(default_factory=Ema)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
-    witnesses: dict[str, Witness | None] = field(default_factory=dict)
+    witnesses: dict[TermName, Witness | None] = field(default_factory=dict)
     """Measured with every held-out measurement and not trained on, beside motion, flow, flicker, saturation, contrast,
     sharpness, diversity and distance; null leaves one of these out."""
     guard: Guard = field(default_factory=Guard)
@@ -446,10 +510,13 @@ class Config:
 
     @model_validator(mode="after")
     def _objective(self) -> Config:
-        if not (self.rewards or self.losses):
+        if not (self.rewards or self.losses or self.terms):
             raise ValueError("expected at least one term under rewards or losses")
-        if twice := self.rewards.keys() & self.losses.keys():
-            raise ValueError(f"a reward and a loss are both called {min(twice)!r}")
+        names = [*self.rewards, *self.losses, *self.terms, *["reference"] * bool(self.reference.weight)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two terms of the objective are both called {twice[0]!r}; rename one")
+        if self.trainable is not None and self.lora != Lora():
+            raise ValueError(f"lora has no effect with trainable.name={self.trainable.name}; leave it out")
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(

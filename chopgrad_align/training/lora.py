@@ -21,7 +21,14 @@ from .low_precision_lora import save_low_precision_inputs
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_config"
 _SECOND = "transformer_2"
-_TRAINED = ("transformer", _SECOND, "unet")
+TRAINED = ("transformer", _SECOND, "unet")
+
+
+def freeze(pipe: Any) -> None:
+    """Take the gradient from all weights of a pipeline."""
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
 
 
 def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
@@ -30,12 +37,10 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
     The LoRA's weights are float32 whatever the denoiser's type: updates of bfloat16 weights fall below their rounding
     step and training silently stops.
     """
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False)
-    denoisers = {name: pipe.components[name] for name in _TRAINED if pipe.components.get(name) is not None}
+    freeze(pipe)
+    denoisers = {name: pipe.components[name] for name in TRAINED if pipe.components.get(name) is not None}
     if not denoisers:
-        raise UsageError(f"{type(pipe).__name__} has no denoiser among {', '.join(_TRAINED)}")
+        raise UsageError(f"{type(pipe).__name__} has no denoiser among {', '.join(TRAINED)}")
     if hasattr(pipe, "load_lora_weights") and (lost := set(denoisers).difference(pipe._lora_loadable_modules)):
         raise UsageError(f"{type(pipe).__name__}: diffusers could not load a LoRA of {', '.join(lost)} again")
     for name, denoiser in denoisers.items():
@@ -154,7 +159,7 @@ def load_lora(pipe: Any, path: Path, adapter: str | None = None, scale: float = 
             with safe_open(path, "pt") as file:
                 config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
             load_lora_state(add_lora(pipe, config), load_file(path))
-    for name in _TRAINED:
+    for name in TRAINED:
         if pipe.components.get(name) is not None:
             scale_lora_layers(pipe.components[name], scale)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.video import write_video
-from ..evaluation.witnesses import Witness
+from ..evaluation.witnesses import Witness, on_device
 from ..objective.objective import Objective
 from ..objective.terms import Reference
 from ..sampling.predictions import Prediction
@@ -166,7 +166,7 @@ def evaluate(
     scores = Scores([], {n: [] for n in terms}, {n: [] for n in terms}, {n: [] for n in witnesses})
     with (
         tqdm(total=stop - start, desc="held-out", leave=False, disable=rank != 0) as bar,
-        _on_device(witnesses, pipe.device),
+        on_device(witnesses, pipe.device),
     ):
         for first in range(start, stop, batch):
             if interrupted():
@@ -204,19 +204,6 @@ def pictures(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         tqdm.write(f"{what} could not be made, and the run goes on without it ({reason})")
-
-
-@contextmanager
-def _on_device(witnesses: Mapping[str, Witness], device: torch.device) -> Iterator[None]:
-    """Networks of witnesses are on the device for a measurement only: training needs the memory."""
-    modules = [witness.module for witness in witnesses.values() if witness.module is not None]
-    try:
-        for module in modules:
-            module.to(device)
-        yield
-    finally:
-        for module in modules:
-            module.to("cpu")
 
 
 def predict(

@@ -93,7 +93,7 @@ def build(config: Config, data: Data) -> Trainer:
         prompts = (batches.prompts(0) * 2)[:2]  # there may be one
         term.check(name, prompts, call.get("num_frames", 5), size, parallel.device)
     witnesses = make_witnesses(config)
-    check_witnesses(witnesses, (batches.prompts(0) * 2)[:2], call.get("num_frames", 5), size)
+    check_witnesses(witnesses, (batches.prompts(0) * 2)[:2], call.get("num_frames", 5), size, parallel.device)
     # Weights and two moments in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ class Trainer:
             finite = math.isfinite(norm) and bool(torch.isfinite(table).all())
             learning_rate = state.optimizer.param_groups[0]["lr"]
             if finite:
-                state.optimizer.step()
+                state.update()
             state.optimizer.zero_grad(set_to_none=True)
             state.schedule.step()
         progress.count(finite, dict(zip(self.method.objective.terms, table[:, 1:].T.tolist(), strict=False)))
@@ -209,20 +210,22 @@ class Trainer:
     def measure(self, name: str) -> Measurement:
         """Measure the held-out pairs, and keep the weights if they are the best; samples go into a folder."""
         self.state.trainable.eval()
-        validation, objective = self.config.validation, self.method.objective
-        share = evaluate(
-            self.pipe,
-            dict(self.method.call),
-            self.method.prediction,
-            objective,
-            self.witnesses,
-            self.batches,
-            validation.pairs,
-            validation.batch,
-            (self.parallel.rank, self.parallel.world),
-            (self.folder.samples / name, validation.videos, self.config.model.fps),
-            self.requests.number,
-        )
+        validation, objective = self.config.validation, self.method.objective.measured
+        with self.state.averaged():
+            weights = self.state.trainable.state_dict()
+            share = evaluate(
+                self.pipe,
+                dict(self.method.call),
+                self.method.prediction,
+                objective,
+                self.witnesses,
+                self.batches,
+                validation.pairs,
+                validation.batch,
+                (self.parallel.rank, self.parallel.world),
+                (self.folder.samples / name, validation.videos, self.config.model.fps),
+                self.requests.number,
+            )
         self.stop_if_asked()
         scores, progress = joined(self.parallel.gather_objects(share)), self.state.progress
         progress.initial = progress.initial or objective.first_statistics(scores.terms)
@@ -244,7 +247,7 @@ class Trainer:
         if self.parallel.is_main:
             if best(measured, self.verdicts) is now:
                 with self.folder.best_weights(now.step) as path:  # first, so that what is said to be the best is there
-                    write_weights(self.state.trainable.state_dict(), path)
+                    write_weights(weights, path)
             for sentence in self.verdicts[-1].sentences.values() if self.verdicts else ():
                 tqdm.write(f"guard: {sentence}")
             self.folder.write(self.folder.samples / "prompts.json", json.dumps(scores.prompts))
@@ -278,7 +281,8 @@ class Trainer:
         """Export the trained weights, or others."""
         if weights is not None:
             self.state.trainable.load_state_dict(read_weights(weights))
-        with self.folder.exporting() as path:
+        averaged = self.state.averaged() if weights is None else nullcontext()
+        with averaged, self.folder.exporting() as path:
             self.state.trainable.export(path)
 
     def finish(self) -> Paired | None:
