@@ -11,6 +11,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..common.errors import UsageError
 from .lora import add_lora, load_lora_state, lora_parameters, lora_state, save_lora
 
 
@@ -63,6 +64,8 @@ class LoraOnDenoisers:
         self.parameters = lora_parameters(self.denoisers)
         if gradient_checkpointing:
             for denoiser in self.denoisers.values():
+                if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+                    raise UsageError(f"model.gradient_checkpointing: {type(denoiser).__name__} has none; leave it out")
                 denoiser.enable_gradient_checkpointing()
 
     def train(self) -> None:
