@@ -15,6 +15,9 @@ from .recomputation import recomputed
 from .sampling_loop import SamplingLoop
 from .steps import StepPlan, StepPolicy, plan_of
 
+Observe = Callable[[Callable[..., Any], nn.Module, tuple, dict[str, Any], Any], None]
+"""Is told of a denoiser's call that has a graph: its own forward, itself, the arguments, and what it returned."""
+
 _LATENTS = {"hidden_states", "audio_hidden_states", "sample"}  # arguments of denoisers in diffusers
 
 
@@ -27,12 +30,13 @@ class GradientSteps:
         pipe: A diffusers pipeline.
         policy: Is asked for a plan when the denoiser is first called, which is when the number of steps is known.
         seed: Of the plan.
+        observe: Is told of the denoiser's calls that have a graph; not of a controlnet's.
     """
 
-    def __init__(self, pipe: Any, policy: StepPolicy, seed: int) -> None:
+    def __init__(self, pipe: Any, policy: StepPolicy, seed: int, observe: Observe | None = None) -> None:
         self.loop = SamplingLoop(pipe)
         self.branches = GuidanceBranches()
-        self._policy, self._seed = policy, seed
+        self._policy, self._seed, self._observe = policy, seed, observe
         self._plan: StepPlan | None = None
         self._controlnet = pipe.components.get("controlnet")
         self._wanted = torch.is_grad_enabled()
@@ -67,7 +71,11 @@ class GradientSteps:
         if self.plan.detach_input:
             args, kwargs = with_constant_latents(denoiser, args, kwargs)
         output = recomputed(original, denoiser, args, kwargs)
-        if not self.plan.unconditional and denoiser is not self._controlnet:  # whose output ends in the denoiser's
+        if denoiser is self._controlnet:  # whose output ends in the denoiser's
+            return output
+        if self._observe is not None:
+            self._observe(original, denoiser, args, kwargs, output)
+        if not self.plan.unconditional:
             self.branches.predicted(output)
         return output
 

@@ -14,7 +14,7 @@ from ..decoding.backprop import Backprop, Exact
 from ..decoding.decode import decode
 from .call_checks import check_call
 from .differentiable import differentiable, performed
-from .gradient_steps import GradientSteps
+from .gradient_steps import GradientSteps, Observe
 from .last_step import RecordedLastStep, RepeatedLastStep
 from .steps import LastSteps, StepPolicy, expect_step_policy
 
@@ -77,6 +77,7 @@ def rollout_parts(
     decode: Callable[..., Tensor] = decode,
     output_type: str = "pt",
     steps_seed: int = 0,
+    observe: Observe | None = None,
 ) -> Iterator[RolloutPart]:
     """Make a rollout part by part, so that each can be backpropagated before the next is made.
 
@@ -92,6 +93,7 @@ def rollout_parts(
         decode: Takes the place of `chopgrad_align.decode`.
         output_type: `"pt"`, or `"latent"` for latents that are not decoded.
         steps_seed: Decides what a random policy draws.
+        observe: Is told of the denoiser's calls that have a graph, before its clips are yielded.
 
     Raises:
         UsageError: See `differentiable`.
@@ -99,7 +101,7 @@ def rollout_parts(
     expect_step_policy(steps)
     generator = call_kwargs.get("generator")
     before = _states(generator)
-    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed))
+    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe))
     with performed(pipe, record, backprop, decode) as call:
         video = call(**call_kwargs, output_type=output_type).frames
     repeats = record.steps.plan.repeats
@@ -109,7 +111,7 @@ def rollout_parts(
         noise = _noise_like(record.clean, generator)
         after = _states(generator)
         _restore(generator, before)
-        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed), record, noise)
+        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed, observe), record, noise)
         with performed(pipe, repetition, backprop, decode) as call:
             video = call(**call_kwargs, output_type=output_type).frames
         _restore(generator, after)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -95,6 +97,8 @@ TermName = Annotated[str, AfterValidator(_term_name)]
 # Of losses before the decoder: what they compare, and the modes that know what it should be.
 _LATENT_LOSSES = {"latent": ("latents", ("one_step", "denoise")), "diffusion": ("outputs", ("denoise",))}
 
+_INTERPOLATIONS = "_interpolations"  # beside a config's fields: no key, and no part of comparisons
+
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
 
 
@@ -104,7 +108,8 @@ class Run:
     """Where everything goes; must not hold a run already."""
     seed: Seed = 0
     threads: Positive | None = None
-    """Of each process on the CPU; default: its share of the cores. `accelerate launch` alone would leave it one."""
+    """Of each process on the CPU; default: OMP_NUM_THREADS, or its share of the cores. A 1 there counts as not set
+    under a launcher, since `accelerate launch` and torchrun set it to 1 themselves: write threads=1 if it is meant."""
 
 
 @_strict
@@ -261,6 +266,22 @@ class Loss:
 
 
 @_strict
+class Term:
+    name: str
+    """package.module:Class or path/to/file.py:Class, of a `chopgrad_align.Term`."""
+    weight: Finite = 1.0
+    """Given to the class, beside the args."""
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@_strict
+class Reference:
+    weight: NonNegativeFloat = 0.0
+    """Of the mean squared distance of the denoiser's predictions to those of the untrained model, in the steps that
+    carry gradient: a KL penalty, which takes one more forward for each. 0: none."""
+
+
+@_strict
 class Prediction:
     mode: Literal["sample", "one_step", "denoise"] = "sample"
     """The pipeline's whole sampler; one call of the denoiser on the degraded clip; or one on the noised target."""
@@ -392,8 +413,40 @@ class Train:
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegative = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of AdamW, as weight_decay; with an optimizer by name they belong into its args."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
+    optimizer: Named | None = None
+    """Default: AdamW. Any of torch.optim by its dotted name, such as torch.optim.Muon, of an installed package, such as
+    bitsandbytes.optim.AdamW8bit, prodigyopt.Prodigy or schedulefree.AdamWScheduleFree, or path/to/file.py:Class."""
+    schedule: Named | None = None
+    """Default: constant after `warmup_steps`, whose first step has lr / warmup_steps. Or one of transformers'
+    get_scheduler (linear, cosine, polynomial, inverse_sqrt, …), which begin at 0 if there is a warmup; or a
+    class of torch.optim.lr_scheduler by its dotted name."""
+
+    @model_validator(mode="after")
+    def _adamw(self) -> Train:
+        if self.optimizer is not None and (self.betas, self.weight_decay) != ((0.9, 0.999), 0.0):
+            raise ValueError(
+                f"betas and weight_decay are those of the default AdamW; give them in train.optimizer.args of "
+                f"{self.optimizer.name}"
+            )
+        return self
+
+    @property
+    def schedule_reads_steps(self) -> bool:
+        """Whether the learning rate of a step depends on how many there will be."""
+        return (
+            self.schedule is not None
+            and self.schedule.name not in (*("constant", "constant_with_warmup", "inverse_sqrt"),)
+            and "." not in self.schedule.name
+        )
+
+
+@_strict
+class Ema:
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Average the trained weights over the steps, a ← decay a + (1 - decay) θ; it is measured and exported."""
 
 
 @_strict
@@ -421,6 +474,12 @@ class Checkpoint:
 
 
 @_strict
+class Parallel:
+    timeout: PositiveFloat = 1800.0
+    """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
+
+
+@_strict
 class Config:
     run: Run
     model: Model
@@ -430,8 +489,16 @@ class Config:
     """Terms of the objective that should rise: a name of your own for each."""
     losses: dict[TermName, Loss] = field(default_factory=dict)
     """Those that should fall."""
+    terms: dict[str, Term] = field(default_factory=dict)
+    """Terms of your own kind."""
+    reference: Reference = field(default_factory=Reference)
     prediction: Prediction = field(default_factory=Prediction)
     lora: Lora = field(default_factory=Lora)
+    trainable: Named | None = None
+    """What is trained instead of a LoRA: `modules`, with args.modules a list of regular expressions of whole names such
+    as transformer.blocks.0.ffn or vae.decoder.conv_out; or a class of your own, which is called with the pipeline and
+    the args, see chopgrad_align/training/trainable.py."""
+    ema: Ema = field(default_factory=Ema)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
     witnesses: dict[TermName, Witness | None] = field(default_factory=dict)
@@ -439,14 +506,24 @@ class Config:
     sharpness, diversity and distance; null leaves one of these out."""
     guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    parallel: Parallel = field(default_factory=Parallel)
     trackers: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_each_once)] = field(default_factory=list)
 
     @model_validator(mode="after")
     def _objective(self) -> Config:
-        if not (self.rewards or self.losses):
+        if not (self.rewards or self.losses or self.terms):
             raise ValueError("expected at least one term under rewards or losses")
-        if twice := self.rewards.keys() & self.losses.keys():
-            raise ValueError(f"a reward and a loss are both called {min(twice)!r}")
+        names = [*self.rewards, *self.losses, *self.terms, *["reference"] * bool(self.reference.weight)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two terms of the objective are both called {twice[0]!r}; rename one")
+        if self.trainable is not None and self.lora != Lora():
+            raise ValueError(f"lora has no effect with trainable.name={self.trainable.name}; leave it out")
+        for name, reward in self.rewards.items():
+            if reward.weight == 0:
+                raise ValueError(
+                    f"rewards.{name}.weight=0 has no effect; to watch its score, leave it out and add "
+                    f"witnesses.{name}.name={reward.name}"
+                )
         if self.prediction.mode != "sample" and (self.gradient.last_steps or self.gradient.steps):
             raise ValueError(
                 "gradient.last_steps and gradient.steps have no effect with "
@@ -454,12 +531,6 @@ class Config:
             )
         if self.data.cache is not None and self.data.clips is None and not self.model.encode_prompts_once:
             raise ValueError("data.cache has nothing to keep with model.encode_prompts_once=false: leave it out")
-        for name, reward in self.rewards.items():
-            if reward.weight == 0:
-                raise ValueError(
-                    f"rewards.{name}.weight=0 has no effect; to watch its score, leave it out and add "
-                    f"witnesses.{name}.name={reward.name}"
-                )
         if self.data.clips is None and (self.losses or self.prediction.mode != "sample" or self.prediction.columns):
             raise ValueError(
                 "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"
@@ -532,8 +603,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         with _readable(f"override {shown(override)}"):
             tree = _merged(tree, override)
     with _readable(f"config {path}"):
-        resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    return check_config(resolved, path)
+        resolved, raw = (
+            OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve) for resolve in (True, False)
+        )
+    config = check_config(resolved, path)
+    vars(config)[_INTERPOLATIONS] = dict(_interpolations(raw))
+    return config
 
 
 def check_config(values: Any, where: str) -> Config:
@@ -647,5 +722,24 @@ def header(config: Config) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config, defaults included, as YAML that `load_config` reads back to the same."""
-    return OmegaConf.to_yaml(TypeAdapter(Config).dump_python(config, mode="json"))
+    """The whole config, defaults included, as YAML that `load_config` reads back to the same.
+
+    What it takes from elsewhere, such as `${oc.env:TOKEN}`, stands there as it was written.
+    """
+    tree = TypeAdapter(Config).dump_python(config, mode="json")
+    for (*sections, name), text in interpolations(config).items():
+        functools.reduce(operator.getitem, sections, tree)[name] = text
+    return OmegaConf.to_yaml(tree)
+
+
+def interpolations(config: Config) -> dict[tuple[str | int, ...], str]:
+    """Values that the config takes from elsewhere as they were written, by sections, keys and places in lists."""
+    return vars(config).get(_INTERPOLATIONS, {})
+
+
+def _interpolations(tree: Any, *path: str | int) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _interpolations(value, *path, key)
+    elif isinstance(tree, str) and "${" in re.sub(r"\$\{(package|configs):[^{}]*\}", "", tree):
+        yield path, tree

@@ -13,14 +13,16 @@ import torch
 
 from ..common.arguments import nearest, shown, usable_path
 from ..common.errors import UsageError, located
+from ..common.loading import construct
 from ..objective.losses import load_loss
 from ..objective.objective import Objective
 from ..objective.reward import load_reward
 from ..objective.reward.loading import to_device
-from ..objective.terms import LatentTerm, LossTerm, RewardTerm, Term
+from ..objective.terms import BaseDistanceTerm, LatentTerm, LossTerm, RewardTerm, Term
 from ..sampling.predictions.latents import known_family
 from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
+from .config import Term as OwnTerm
 from .lora import fuse_lora, lora_file
 
 _LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffusion": "outputs"}
@@ -137,9 +139,17 @@ def _check_setting(argument: str, value: Any, annotation: Any) -> None:
 
 
 def load_objective(
-    rewards: Mapping[str, Reward], device: torch.device, losses: Mapping[str, Loss] | None = None
+    rewards: Mapping[str, Reward],
+    device: torch.device,
+    losses: Mapping[str, Loss] | None = None,
+    own: Mapping[str, OwnTerm] | None = None,
+    reference: float = 0.0,
 ) -> Objective:
-    """The terms that a config names, with their networks on the device."""
+    """The terms that a config names, with their networks on the device; `reference` weighs the distance to the base.
+
+    Raises:
+        UsageError: One that cannot be loaded, or is none.
+    """
     terms: dict[str, Term] = {}
     for key, reward in rewards.items():
         with located(f"rewards.{key}"):
@@ -153,4 +163,15 @@ def load_objective(
         else:
             with located(f"losses.{key}"):
                 terms[key] = LossTerm(to_device(load_loss(loss.name, **loss.args), device), loss.weight)
+    for key, settings in (own or {}).items():
+        term = construct("term", settings.name, settings.name, {"weight": settings.weight, **settings.args})
+        if not isinstance(term, Term):
+            raise UsageError(
+                f"terms.{key}.name: {settings.name} made a {type(term).__name__}, expected a chopgrad_align.Term"
+            )
+        if term.module is not None:
+            to_device(term.module, device)
+        terms[key] = term
+    if reference:
+        terms["reference"] = BaseDistanceTerm(reference)
     return Objective(terms)

@@ -3,15 +3,60 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from ..common.errors import UsageError
+
+T = TypeVar("T")
+
+# What a configuration of accelerate can ask for and the trainer does not do: its variable, the value that asks for
+# nothing, and what to do instead.
+_NOT_OBEYED = {
+    "ACCELERATE_USE_FSDP": ("false", "FSDP", "every process holds the whole model"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed", "every process holds the whole model"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM", "every process holds the whole model"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a parallelism config", "every process holds the whole model"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision", "set model.dtype instead"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "torch.compile", "models run as they are"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "gradient accumulation", "set train.micro_batch instead"),
+}
+
+
+def check_launch() -> None:
+    """Raise a UsageError for what a launcher's environment asks for and would not get."""
+    for variable, (nothing, what, instead) in _NOT_OBEYED.items():
+        value = os.environ.get(variable, nothing)
+        if value.lower() != nothing:
+            raise UsageError(
+                f"accelerate is configured for {what} ({variable}={value}), which this trainer does not do: {instead}; "
+                "change it by `accelerate config`, or by an option of `accelerate launch`"
+            )
+    # It sets the address of a main process for several, and then starts one.
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    on_cpu, several = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true", "MASTER_PORT" in os.environ
+    if on_cpu and several and not any(rank in os.environ for rank in ranks):
+        raise UsageError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says; for several on the CPU: "
+            "torchrun --nproc_per_node N scripts/align.py …"
+        )
+
+
+def launched_as_main() -> bool:
+    """Whether this is the main process, as its launcher says before the processes know each other."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class LostContactError(RuntimeError):
+    """Another process ended, or does not answer."""
 
 
 class Replicas:
@@ -20,17 +65,28 @@ class Replicas:
     Args:
         trackers: Names of experiment trackers.
         folder: Where those keep their files.
-        threads: CPU threads of this process; default its share of the cores.
+        threads: CPU threads of this process; default `OMP_NUM_THREADS`, or else its share of the cores.
+        timeout: Seconds that processes wait for each other.
     """
 
-    def __init__(self, trackers: Sequence[str] = (), folder: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        trackers: Sequence[str] = (),
+        folder: str | None = None,
+        threads: int | None = None,
+        timeout: float = 1800.0,
+    ) -> None:
+        self._timeout = timeout
         self._accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), log_with=[*trackers] or None, project_dir=folder
+            cpu=not torch.accelerator.is_available(),
+            log_with=[*trackers] or None,
+            project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         )
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self.device, self.is_main = self._accelerator.device, self._accelerator.is_main_process
         if self.device.type == "cpu":
-            torch.set_num_threads(threads or _share_of_the_cores())
+            torch.set_num_threads(threads or _threads_of_the_environment() or _share_of_the_cores())
 
     def shares(self, batch_size: int, micro_batch: int) -> list[range]:
         """Places of the batch that this process works on, a micro-batch at a time.
@@ -50,11 +106,13 @@ class Replicas:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows of all processes, in the order of ranks, on the CPU."""
-        return self._accelerator.gather(rows).cpu()
+        with self._others():
+            return self._accelerator.gather(rows).cpu()
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """One thing of each process, in the order of ranks."""
-        return gather_object([thing])
+        with self._others():
+            return gather_object([thing])
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add up gradients over the processes.
@@ -74,23 +132,67 @@ class Replicas:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the processes."""
-        return self._accelerator.reduce(tensor, "sum")
+        with self._others():
+            return self._accelerator.reduce(tensor, "sum")
+
+    def greatest(self, number: int) -> int:
+        """The greatest number that any process has."""
+        if self.world == 1:
+            return number
+        return int(self.gather(torch.tensor([number], device=self.device)).max())
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What a function returns on the main process, the only one that calls it; its UsageError is raised by all."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [function(), None]
+            except UsageError as error:
+                outcome = [None, error]
+        with self._others():
+            result, failure = broadcast_object_list(outcome)
+        if failure is not None:
+            raise failure
+        return result
 
     def wait(self) -> None:
         """Wait for the other processes."""
-        self._accelerator.wait_for_everyone()
+        with self._others():
+            self._accelerator.wait_for_everyone()
 
-    def start_trackers(self) -> None:
-        """Open the experiment trackers."""
-        self._accelerator.init_trackers("chopgrad_align")
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostContactError(
+                f"process {self.rank} waited for the others in vain: one of them ended, whose error is above, or hangs "
+                f"for longer than parallel.timeout={self._timeout:g} seconds"
+            ) from error
 
-    def track(self, row: dict[str, float]) -> None:
-        """Give a row of metrics to the experiment trackers."""
-        self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+    def start_trackers(self, name: str, config: Mapping[str, Any]) -> None:
+        """Open the experiment trackers, and tell them the run's name and its config by key."""
+        self._accelerator.init_trackers("chopgrad_align", dict(config), {"wandb": {"name": name}})
+
+    def track(self, row: Mapping[str, float | str], step: int) -> None:
+        """Give a row of metrics, or texts, to the experiment trackers."""
+        self._accelerator.log(dict(row), step=step)
+
+    @property
+    def trackers(self) -> list[GeneralTracker]:
+        """The experiment trackers that were opened; none on other processes than the main one."""
+        return self._accelerator.trackers if self.is_main else []
 
     def end(self) -> None:
         """Close the experiment trackers and the process group."""
         self._accelerator.end_training()
+
+
+def _threads_of_the_environment() -> int | None:
+    """`OMP_NUM_THREADS` as the user set it; None for the 1 that a launcher sets if the user said nothing."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return int(value) if value.isdecimal() and int(value) > launched else None
 
 
 def _share_of_the_cores() -> int:

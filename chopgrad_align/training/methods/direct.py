@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ...objective.terms import Reference
 from ...sampling.predictions import Prediction, Sample
 from ...sampling.rollout import RolloutPart, rollout_parts
 from ...sampling.steps import StepPolicy
+from .base_distance import BaseDistance
 from .protocol import MicroBatch
 from .streaming import StreamedLosses, can_stream
 
@@ -35,6 +36,7 @@ class DirectGradient:
         phases: A context for each named part, for what measures them.
         decode: How to decode; `decode_selected_frames` with all its arguments.
         prediction: How the pipeline's call predicts a video.
+        base: Context in which the denoiser is the untrained one.
     """
 
     pipe: Any
@@ -46,6 +48,7 @@ class DirectGradient:
     phases: Callable[[str], AbstractContextManager[None]]
     decode: Callable[..., Tensor] = decode_selected_frames
     prediction: Prediction = field(default_factory=Sample)
+    base: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
         """See `Method`."""
@@ -64,6 +67,7 @@ class DirectGradient:
                 streamed = StreamedLosses(self.objective, target, mask, batch.weights)
                 return streamed.decode(whole, *args, **kwargs)
 
+        distance = BaseDistance(self.base, len(batch.prompts))
         latents = self.objective.reads_latents
         with self.prediction.prepare(self.pipe, batch.videos, batch.seeds, True, latents) as prepared:
             made = rollout_parts(
@@ -74,10 +78,12 @@ class DirectGradient:
                 decode=decode,
                 output_type="pt" if self.objective.reads_pixels else "latent",
                 steps_seed=batch.steps_seed,
+                observe=distance.observe if self.objective.reads_base else None,
             )
             rows = []
             while (part := self._next(made)) is not None:
-                rows.append(part.share * self._backward(part, batch, prepared.reference(), streamed, statistics))
+                reference = replace(prepared.reference(), base_distance=distance.take())
+                rows.append(part.share * self._backward(part, batch, reference, streamed, statistics))
         return torch.stack(rows).sum(0)
 
     def _next(self, made: Iterator[RolloutPart]) -> RolloutPart | None:
