@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from contextlib import ExitStack
 
+from ..common.arguments import whole_number
 from ..common.errors import UsageError
 from ..data.cache import Cache
 from ..evaluation.heldout import Paired
@@ -14,10 +15,12 @@ from .build import load_models, make_guard, make_method, make_state, make_witnes
 from .config import Config, header, to_yaml
 from .data import Data, read_data
 from .encoded_prompts import encode_prompts
+from .environment import environment
 from .fingerprints import fingerprints
 from .folder import RunFolder
 from .history import History
 from .models import check_model
+from .observers import Observers
 from .outcome import Outcome
 from .parallel import Replicas, check_launch, launched_as_main
 from .phases import Phases
@@ -27,7 +30,9 @@ from .trainer import Trainer
 from .validation import Validation
 
 
-def train(config: Config, resume: bool = False, dry_run: bool = False, allow_changed: bool = False) -> Paired | None:
+def train(
+    config: Config, resume: bool = False, dry_run: bool = False, allow_changed: bool = False, profile: int = 0
+) -> Paired | None:
     """Train, measure, save and report; the main process returns the held-out comparison of before and after.
 
     Args:
@@ -36,6 +41,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, allow_cha
             run that is complete nothing is done, and None returned.
         dry_run: Stop before sampling, and write nothing.
         allow_changed: Resume though files have changed that the run reads.
+        profile: Steps, after the first, of which a trace is written into the run folder.
 
     Raises:
         UsageError: Anything about the config that can be known before long work; a reward that breaks its contract;
@@ -43,6 +49,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, allow_cha
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came, and everything is saved and reported.
     """
     folder = RunFolder(config.run.folder)
+    whole_number("profile", profile, at_least=0)
     check_launch()
     folder.check(resume)
     if launched_as_main():
@@ -54,7 +61,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, allow_cha
                 print(f"{folder.path} is complete, with {config.train.steps} steps: there is nothing to do")
             return None
         expect_same_inputs(config, folder, allow_changed)
-    trainer = build(config, check_files(config))
+    trainer = build(config, check_files(config), profile)
     if trainer.parallel.is_main:
         print(trainer)
     if dry_run:
@@ -78,7 +85,7 @@ def check_files(config: Config) -> Data:
     return read_data(config)
 
 
-def build(config: Config, data: Data) -> Trainer:
+def build(config: Config, data: Data, profile: int = 0) -> Trainer:
     """Load everything that a run needs.
 
     Raises:
@@ -130,6 +137,8 @@ def build(config: Config, data: Data) -> Trainer:
         folder=folder,
         phases=phases,
         requests=requests,
+        observers=Observers(config, folder, parallel),
+        profile=profile,
     )
 
 
@@ -149,4 +158,5 @@ def prepare(trainer: Trainer, resume: bool) -> None:
     if parallel.is_main:
         trainer.folder.checkpoints.clean()
         trainer.folder.write(trainer.folder.config, header(config) + to_yaml(config))
-    parallel.start_trackers()
+        trainer.folder.note_environment(environment(parallel.device, parallel.world))
+    trainer.observers.open()

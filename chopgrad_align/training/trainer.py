@@ -19,10 +19,12 @@ from .config import Config
 from .folder import RunFolder
 from .measurement import Measurement
 from .methods import Method, MicroBatch
+from .observers import Observers
 from .outcome import Outcome
 from .parallel import LostContactError, Replicas
 from .phases import Phases
 from .prefetch import Prefetched
+from .profiling import profiled
 from .state import TrainState
 from .stopping import StopRequests, signal_name
 from .validation import Validation
@@ -56,6 +58,8 @@ class Trainer:
     folder: RunFolder
     phases: Phases
     requests: StopRequests
+    observers: Observers
+    profile: int = 0  # steps to trace
     inputs: dict[str, str] = field(default_factory=dict)  # fingerprints of what is read
     saved: int | None = None  # the step of the last checkpoint
 
@@ -86,13 +90,13 @@ class Trainer:
         places = ((step, share) for step in range(progress.step, steps) for share in self.shares)
         with (
             Prefetched(self.batches.micro_batch, places) as micro_batches,
-            tqdm(initial=progress.step, total=steps, disable=not self.parallel.is_main, desc="align") as bar,
+            self.observers.bar(progress.step),
+            profiled(self.profile if self.parallel.is_main else 0, self.folder.trace) as count_step,
         ):
             while progress.step < steps and not self.validation.ends_training:
                 row = self.step(micro_batches)
-                self.log(row)
-                bar.update()
-                bar.set_postfix(reward=f"{row['reward']:.4f}", skipped=progress.skipped)
+                self.observers.row(row)
+                count_step()
                 self.stop_if_lost(row)
                 if progress.step == steps or self.is_due(self.config.checkpoint.every):
                     self.save()
@@ -178,14 +182,10 @@ class Trainer:
     def measure(self, name: str) -> Measurement:
         """Measure the held-out pairs; samples go into a folder of that name."""
         now = self.validation.measure(self.state, name)
-        self.log(now.row())
-        return now
-
-    def log(self, row: dict[str, float]) -> None:
-        """Write a row of metrics."""
+        self.observers.row(now.row())
         if self.parallel.is_main:
-            self.folder.append(row)
-        self.parallel.track(row)
+            self.observers.samples(now.step, self.folder.samples / name, now.prompts)
+        return now
 
     def save(self) -> None:
         """Write a checkpoint."""
