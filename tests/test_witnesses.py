@@ -162,9 +162,11 @@ def test_witnesses_of_ones_own_and_rewards(tmp_path):
     assert isinstance(reward, RewardWitness)
     assert reward.module is not None
     assert reward.observe(torch.rand(2, 3, 3, 8, 8), ["", ""], [0, 1]).shape == (2,)
-    check_witnesses({"red": own, "colour": reward}, ["", ""], 5, (16, 16))
-    with pytest.raises(UsageError, match=r"^witnesses.s: observe returned a tensor of shape \(\) for 2 videos"):
-        check_witnesses({"s": load_witness("s", f"{tmp_path}/own.py:Scalar", {})}, ["", ""], 5, (16, 16))
+    check_witnesses({"red": own, "colour": reward}, ["", ""], 5, (16, 16), torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"^witnesses.s: expected .* an entry for each of 2 videos, got \(\)"):
+        check_witnesses(
+            {"s": load_witness("s", f"{tmp_path}/own.py:Scalar", {})}, ["", ""], 5, (16, 16), torch.device("cpu")
+        )
     with pytest.raises(UsageError, match=r"^witnesses.n: .* made a int, which is neither witness nor reward"):
         load_witness("n", f"{tmp_path}/own.py:nothing", {})
     with pytest.raises(UsageError, match="no reward is called 'colourfulness'; did you mean 'colorfulness'"):

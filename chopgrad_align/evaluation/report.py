@@ -61,6 +61,7 @@ def write_report(run: str | Path) -> Path:
         held_out=_held_out(run),
         ratio=ratio,
         summary=_summary(run),
+        remarks=(_read_json(run / "heldout.json", dict) or {}).get("remarks", []),
         curves=data_uri(curves.read_bytes(), "image/png") if (curves := run / "curves.png").is_file() else "",
         samples=_samples(run / "samples"),
         config=(run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else "",
@@ -84,7 +85,7 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _held_out(run: Path) -> _HeldOut | None:
     scores = _read_json(run / "heldout.json", dict)
-    if scores is None:
+    if scores is None or "after" not in scores:
         return None
     before, after = ([math.nan if v is None else v for v in scores.get(side, [])] for side in ("before", "after"))
     prompts = scores.get("prompts") or [""] * len(before)

@@ -56,8 +56,7 @@ def load_models(
     """
     pipe = load_pipeline(config.model)
     check_prediction(pipe, config)
-    for call in calls:
-        check_call(pipe, {**call, **config.prediction.columns})
+    _check_calls(pipe, config, calls)
     objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
     torch.manual_seed(config.run.seed)  # the first weights
     with nullcontext() if new_weights is None else new_weights:
@@ -89,6 +88,17 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
             if pipe.components.get(name) is not None:
                 pipe.components[name].enable_gradient_checkpointing()
     return made
+
+
+def _check_calls(pipe: Any, config: Config, calls: Sequence[Mapping[str, Any]]) -> None:
+    steps = config.gradient.step_policy() if config.prediction.mode == "sample" else None
+    for key in ("latents", "num_videos_per_prompt", "prompt_embeds"):
+        if key in config.model.call:
+            raise UsageError(f"model.call.{key}: every video of a run is made of its own prompt and seed: leave it out")
+    if not isinstance(config.model.call.get("negative_prompt", ""), str | None):
+        raise UsageError("model.call.negative_prompt: expected one text, for all videos")
+    for call in calls:
+        check_call(pipe, {**call, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
 
 
 def make_method(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +65,13 @@ def _expect_effect(section: Any, keys: Iterable[str], choice: str) -> None:
             raise ValueError(f"{key} has no effect with {choice}={getattr(section, choice)}: leave it out")
 
 
+def _bound(value: object) -> object:
+    each = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if value is not None and not all(isinstance(v, int | float) and not isinstance(v, bool) for v in each):
+        raise ValueError(f"expected a number, two in a list, or null, got {shown(value)}")
+    return value
+
+
 _MOST = 2**31 - 1  # of a count
 _MOST_BYTES = 2**20  # of a config
 _SHOWN = 5  # mistakes that are named in one message
@@ -81,11 +90,14 @@ Pixels = Annotated[int, Field(ge=1, le=2**14), BeforeValidator(_number)]
 Name = Annotated[str, Field(strict=True), AfterValidator(usable_path)]
 """Of a file, a folder, a class, a model: what a file system can be asked for."""
 Caption = Annotated[str, Field(strict=True), AfterValidator(readable_text)]
+Bound = Annotated[float | tuple[float, float] | None, BeforeValidator(_bound)]
 TermName = Annotated[str, AfterValidator(_term_name)]
 """Of a reward or a loss, in keys of metrics and in columns of prompt files."""
 
 # Of losses before the decoder: what they compare, and the modes that know what it should be.
 _LATENT_LOSSES = {"latent": ("latents", ("one_step", "denoise")), "diffusion": ("outputs", ("denoise",))}
+
+_INTERPOLATIONS = "_interpolations"  # beside a config's fields: no key, and no part of comparisons
 
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
 
@@ -212,7 +224,7 @@ class Reward:
 
 @_strict
 class Witness:
-    name: str
+    name: Name
     """A published reward, or a reward or `chopgrad_align.Witness` of your own: package.module:Class, or
     path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -221,7 +233,7 @@ class Witness:
 
 @_strict
 class Guard:
-    bounds: dict[str, PositiveFloat | tuple[NonNegativeFloat, PositiveFloat] | None] = field(default_factory=dict)
+    bounds: dict[TermName, Bound] = field(default_factory=dict)
     """Of a witness's mean relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it, [0.7, 1.4]
     both, null none. Witnesses that are not named keep their own bounds."""
     patience: Positive | None = None
@@ -229,7 +241,7 @@ class Guard:
     on_breach: Literal["warn", "stop", "back"] = "warn"
     """Say it; or end the training too; or, back, export the best model within the bounds then, whatever
     `checkpoint.export` is."""
-    name: str | None = None
+    name: Name | None = None
     """Instead of all this, a `chopgrad_align.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Of its class."""
@@ -461,6 +473,12 @@ class Checkpoint:
 
 
 @_strict
+class Parallel:
+    timeout: PositiveFloat = 1800.0
+    """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
+
+
+@_strict
 class Config:
     run: Run
     model: Model
@@ -482,11 +500,12 @@ class Config:
     ema: Ema = field(default_factory=Ema)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
-    witnesses: dict[str, Witness | None] = field(default_factory=dict)
+    witnesses: dict[TermName, Witness | None] = field(default_factory=dict)
     """Measured with every held-out measurement and not trained on, beside motion, flow, flicker, saturation, contrast,
     sharpness, diversity and distance; null leaves one of these out."""
     guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    parallel: Parallel = field(default_factory=Parallel)
     trackers: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_each_once)] = field(default_factory=list)
 
     @model_validator(mode="after")
@@ -583,8 +602,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         with _readable(f"override {shown(override)}"):
             tree = _merged(tree, override)
     with _readable(f"config {path}"):
-        resolved = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    return check_config(resolved, path)
+        resolved, raw = (
+            OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve) for resolve in (True, False)
+        )
+    config = check_config(resolved, path)
+    vars(config)[_INTERPOLATIONS] = dict(_interpolations(raw))
+    return config
 
 
 def check_config(values: Any, where: str) -> Config:
@@ -698,5 +721,24 @@ def header(config: Config) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config, defaults included, as YAML that `load_config` reads back to the same."""
-    return OmegaConf.to_yaml(TypeAdapter(Config).dump_python(config, mode="json"))
+    """The whole config, defaults included, as YAML that `load_config` reads back to the same.
+
+    What it takes from elsewhere, such as `${oc.env:TOKEN}`, stands there as it was written.
+    """
+    tree = TypeAdapter(Config).dump_python(config, mode="json")
+    for (*sections, name), text in interpolations(config).items():
+        functools.reduce(operator.getitem, sections, tree)[name] = text
+    return OmegaConf.to_yaml(tree)
+
+
+def interpolations(config: Config) -> dict[tuple[str | int, ...], str]:
+    """Values that the config takes from elsewhere as they were written, by sections, keys and places in lists."""
+    return vars(config).get(_INTERPOLATIONS, {})
+
+
+def _interpolations(tree: Any, *path: str | int) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _interpolations(value, *path, key)
+    elif isinstance(tree, str) and "${" in re.sub(r"\$\{(package|configs):[^{}]*\}", "", tree):
+        yield path, tree

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..common.errors import UsageError
+from ..common.weight_files import difference
 from .low_precision_lora import save_low_precision_inputs
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -85,7 +86,15 @@ def lora_state(denoisers: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def load_lora_state(denoisers: dict[str, nn.Module], state: Mapping[str, Tensor]) -> None:
-    """Take over the weights that `lora_state` returned."""
+    """Take over the weights that `lora_state` returned.
+
+    Raises:
+        UsageError: Others; peft would take what fits and leave the rest.
+    """
+    if found := difference(state, lora_state(denoisers)):
+        raise UsageError(
+            f"the LoRA has other weights than these layers: {found}; give one of the same model and layers"
+        )
     for name, denoiser in denoisers.items():
         own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
         set_peft_model_state_dict(denoiser, own)

@@ -117,3 +117,10 @@ class TrainState:
         if self.average is not None:
             self.average.load(state["average"])
         self.progress = Progress.from_state_dict(state["progress"])
+
+    def change_learning_rate(self, learning_rate: float) -> None:
+        """Let the schedule go on from another full learning rate."""
+        ratio = learning_rate / self.schedule.base_lrs[0]
+        self.schedule.base_lrs = [ratio * each for each in self.schedule.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["lr"], group["initial_lr"] = ratio * group["lr"], ratio * group["initial_lr"]
