@@ -73,9 +73,9 @@ def step(state):
     [
         ("torch.optim.SGD", {"momentum": 0.5}, torch.optim.SGD),
         ("torch.optim.Muon", {"weight_decay": 0.0}, torch.optim.Muon),
-        ("torch.optim:AdamW", {"lr": 0.5}, torch.optim.AdamW),
+        ("torch.optim:AdamW", {"eps": 1e-6}, torch.optim.AdamW),
     ],
-    ids=["sgd", "muon", "own_rate"],
+    ids=["sgd", "muon", "colon"],
 )
 def test_optimizer_by_name(name, args, expected):
     made = make_optimizer(Weights((3, 2)).parameters, settings(name, optimizer_args=args))
@@ -93,8 +93,11 @@ def test_optimizer_by_name(name, args, expected):
         ({"optimizer": "torch.optim.AdmaW"}, "torch.optim has no 'AdmaW'.*AdamW"),
         ({"optimizer": "absent_package.Lion"}, "no module named 'absent_package'"),
         ({"optimizer": "torch.optim.SGD", "optimizer_args": {"momentun": 1}}, "momentun.*momentum"),
-        ({"optimizer": "torch.optim.SGD", "optimizer_args": {"momentum": -1}}, "cannot be made: Invalid momentum"),
-        ({"optimizer": "torch.optim.Muon"}, "cannot be made: Muon only supports 2D parameters"),
+        (
+            {"optimizer": "torch.optim.SGD", "optimizer_args": {"momentum": -1}},
+            "cannot be made with momentum=-1; .*Invalid momentum",
+        ),
+        ({"optimizer": "torch.optim.Muon"}, "cannot be made with no arguments; .*Muon only supports 2D parameters"),
         ({"schedule": "cosin"}, "no schedule is called 'cosin'.*cosine"),
         ({"schedule": "polynomial", "schedule_args": {"lr_end": 1.0}}, "train.schedule 'polynomial': lr_end"),
         ({"schedule": "reduce_lr_on_plateau"}, "no schedule is called"),

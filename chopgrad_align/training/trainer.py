@@ -350,8 +350,8 @@ class Trainer:
             # The rest of the pipeline waits on the CPU.
             pair = self.batches.held_out(range(1))
             inputs = {**self.method.call, **pair.inputs, **arguments(self.method.prediction.columns, pair.videos)}
-            prompts = self.batches.prompts(self.config.train.steps)
-            encode_prompts(self.pipe, inputs, prompts, Cache(self.config.data.cache), self.parallel.device)
+            texts = self.batches.texts(self.config.train.steps)
+            encode_prompts(self.pipe, inputs, texts, Cache(self.config.data.cache), self.parallel.device)
         self.pipe.to(self.parallel.device)
         self.inputs = self.parallel.on_main(lambda: fingerprints(self.config))
         if resume:
