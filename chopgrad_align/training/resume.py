@@ -19,7 +19,7 @@ from .validation import Validation
 
 # Changes nothing that is computed, but for rounding.
 _FREE = (
-    *("run.folder", "run.threads", "data.cache", "train.steps", "trackers", "parallel."),
+    *("run.folder", "run.threads", "data.cache", "trackers", "parallel."),
     *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "guard."),
     *("model.gradient_checkpointing", "model.fps", "gradient.cache", "gradient.checkpoint", "gradient.rows"),
 )
@@ -45,7 +45,12 @@ def changed_settings(config: Config, folder: RunFolder) -> dict[str, Any]:
     Raises:
         UsageError: The config would have computed something else from the start.
     """
-    free = _FREE if draws_by_micro_batch(config) else (*_FREE, "train.micro_batch")
+    free = (
+        *_FREE,
+        *["train.micro_batch"] * (not draws_by_micro_batch(config)),
+        *["train.steps"]
+        * (not config.train.schedule_reads_steps),  # with which the learning rate of every step changes
+    )
     saved, asked = (dict(leaves(each)) for each in (load_config(folder.config), config))
     found = {}
     for key in {**asked, **saved}:

@@ -149,8 +149,8 @@ def prepare(trainer: Trainer, resume: bool) -> None:
         # The rest of the pipeline waits on the CPU.
         pair = batches.held_out(range(1))
         inputs = {**method.call, **pair.inputs, **arguments(method.prediction.columns, pair.videos)}
-        prompts = batches.prompts(config.train.steps)
-        encode_prompts(method.pipe, inputs, prompts, Cache(config.data.cache), parallel.device)
+        texts = batches.texts(config.train.steps)
+        encode_prompts(method.pipe, inputs, texts, Cache(config.data.cache), parallel.device)
     method.pipe.to(parallel.device)
     trainer.inputs = parallel.on_main(lambda: fingerprints(config))
     if resume:
