@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .common.errors import UsageError
-from .decoding.backprop import Exact, Full, Truncated
+from .decoding.backprop import Backprop, Exact, Full, Groupwise, Truncated
 from .decoding.decode import decode, decode_loss
 from .decoding.decoders import register_decoder
 from .decoding.decoders.base import Decoder
@@ -25,7 +25,7 @@ from .objective.reward import (
     load_reward,
 )
 from .sampling.rollout import rollout
-from .sampling.steps import LastSteps
+from .sampling.steps import LastSteps, LowVariance, RandomLast, RandomSteps, StepPlan, StepPolicy, Steps
 
 if TYPE_CHECKING:
     from .training.config import load_config
@@ -41,6 +41,7 @@ _LATER = {
 }
 
 __all__ = [
+    "Backprop",
     "Decoder",
     "Exact",
     "FrameLoss",
@@ -48,10 +49,17 @@ __all__ = [
     "FrameSampler",
     "Frames",
     "Full",
+    "Groupwise",
     "LastSteps",
     "Loss",
+    "LowVariance",
+    "RandomLast",
+    "RandomSteps",
     "Reward",
     "SampledReward",
+    "StepPlan",
+    "StepPolicy",
+    "Steps",
     "Truncated",
     "UsageError",
     "VideoLoss",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +11,7 @@ import open_clip
 from torch import Tensor, nn
 
 from chopgrad_align import FrameReward, Frames, UsageError
+from chopgrad_align.common.arguments import nearest
 
 from .checkpoints import HUB_ID, loading
 from .preprocess import Preprocess
@@ -110,8 +110,7 @@ def _open_clip_name(checkpoint: str | None, pretrained: str | None) -> str:
         return f"local-dir:{path}"
     architectures = open_clip.list_models()
     if checkpoint not in architectures:
-        close = difflib.get_close_matches(checkpoint, architectures, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = nearest(checkpoint, architectures)
         if re.fullmatch(HUB_ID, checkpoint):
             hint = f"; for a model on the hub write 'hf-hub:{checkpoint}'"
         raise UsageError(

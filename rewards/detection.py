@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -16,6 +14,7 @@ from transformers import (
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from chopgrad_align import FrameReward, Frames, UsageError
+from chopgrad_align.common.arguments import nearest
 
 from .checkpoints import load_pretrained, loading
 from .preprocess import Preprocess
@@ -99,7 +98,7 @@ class ObjectDetector(nn.Module):
         return self.temperature * (log_odds / self.temperature).logsumexp(-1)
 
     def preprocess(self, height: int, width: int) -> Preprocess:
-        """What the detector's processor does to a frame of this size."""
+        """The preprocessing of the detector's processor for a frame of this size."""
         height, width = get_size_with_aspect_ratio((height, width), self.shortest, self.longest)
         step = self.queries.multiple_of
         return Preprocess((height - height % step, width - width % step), "squash", "bilinear", self.mean, self.std)
@@ -113,8 +112,7 @@ class _Yolos(nn.Module):
         self.model = load_pretrained(YolosForObjectDetection, checkpoint)
         labels = self.model.config.label2id
         if target not in labels:
-            close = difflib.get_close_matches(target, labels, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f": {', '.join(sorted(labels))}"
+            hint = nearest(target, labels) or f": {', '.join(sorted(labels))}"
             raise UsageError(
                 f"{reward}: target={target!r} is no class of {checkpoint}{hint}; for other objects choose a "
                 "Grounding DINO checkpoint, such as 'IDEA-Research/grounding-dino-base'"

@@ -1,4 +1,4 @@
-"""What the rewards of whole videos share: one sample at a time, transformers' preprocessing, recomputed blocks."""
+"""Shared parts of rewards of whole videos: one sample at a time, transformers' preprocessing, recomputed blocks."""
 
 from __future__ import annotations
 

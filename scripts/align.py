@@ -34,7 +34,10 @@ def main() -> None:
 
         result = train(config, resume=args.resume, dry_run=args.dry_run)
         if result is not None:
+            from chopgrad_align.evaluation.changes import summary
+
             print(f"held-out {'objective' if config.losses else 'reward'}: {result}")
+            print("\n".join(summary(config.run.folder)))
             print(f"look at {config.run.folder}/report.html; the LoRA is in {config.run.folder}/lora")
 
 

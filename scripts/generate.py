@@ -130,7 +130,7 @@ def _slug(condition: Condition) -> str:
 
 
 def _config(args: argparse.Namespace) -> Config | None:
-    """Of `--run`."""
+    """The config of `--run`."""
     if not args.run:
         return None
     for option in ("model", "lora"):
@@ -155,7 +155,7 @@ def _call_defaults(model: str) -> dict[str, Any]:
 
 
 def _call_arguments(pipe: Any, defaults: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Of each video's call: the defaults, with what the command line says in their place."""
+    """Arguments of each video's call: the defaults, with what the command line says in their place."""
     from chopgrad_align.sampling.rollout import check_call
 
     height, width = args.size or (None, None)

@@ -1,4 +1,4 @@
-"""What a training run needs of a card, and the fastest setting that fits it; needs neither a GPU nor weights.
+"""The memory that a training run needs, and the fastest setting that fits a card; needs neither a GPU nor weights.
 
     python scripts/plan.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 480x832 --frames 81 \\
         --reward hps_v2 --gpu 40GiB lora.rank=32 gradient.last_steps=2

@@ -116,7 +116,7 @@ def row_of(vae_class: Any, size: tuple[int, int], lengths: tuple[int, int]) -> l
 
 
 def arguments(vae: Any, latents: Tensor) -> dict[str, Any]:
-    """What the class's `decode` takes beside latents."""
+    """Arguments of the class's `decode` beside latents."""
     return {"num_frames": latents.shape[0]} if type(vae).__name__ == "AutoencoderKLTemporalDecoder" else {}
 
 
@@ -144,7 +144,7 @@ def shortest_latents(vae: Any, frames: int, size: tuple[int, int]) -> Tensor:
 
 
 def frames_of(decoder: Decoder | Tiled, latents: Tensor) -> int:
-    return (decoder.spans(latents) if isinstance(decoder, Tiled) else [decoder.groups(latents)[-1].frames])[-1].stop
+    return decoder.spans(latents)[-1].stop
 
 
 def kind_of(decoder: Decoder | Tiled) -> str:
@@ -160,7 +160,7 @@ def pieces_of(decoder: Decoder | Tiled, latents: Tensor) -> int:
     """How many pieces the backward pass runs, one after the other."""
     if isinstance(decoder, Tiled):
         return sum(pieces_of(decoder.inner, tile) for tile in decoder.tiles(latents))
-    return sum(len(decoder.parts(group)) for group in decoder.groups(latents))
+    return len(decoder.spans(latents))
 
 
 def tiling_of(vae: Any, decoder: Decoder | Tiled, latents: Tensor) -> str:

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random numbers for a test, whether it runs alone, in another order, or again."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def full_precision(monkeypatch):
+    """Upsampling that does not pass through float32, as Wan's and Qwen-Image's does, so that float64 means float64."""
+    from diffusers.models.autoencoders import autoencoder_kl_qwenimage, autoencoder_kl_wan
+
+    monkeypatch.setattr(autoencoder_kl_wan.WanUpsample, "forward", nn.Upsample.forward)
+    monkeypatch.setattr(autoencoder_kl_qwenimage.QwenImageUpsample, "forward", nn.Upsample.forward)

@@ -12,7 +12,7 @@ from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.clips import Clips
 from chopgrad_align.data.source import BadFile
 from chopgrad_align.data.video import write_video
-from chopgrad_align.training import run as loop
+from chopgrad_align.training import build, trainer
 from chopgrad_align.training.data import read_data
 from chopgrad_align.training.models import load_objective, load_pipeline
 from chopgrad_align.training.prefetch import Prefetched
@@ -66,7 +66,7 @@ def configure(model, clips, tmp_path):
     ],
 )
 def test_a_role_that_the_data_do_not_have_is_found_before_a_model_is_loaded(configure, monkeypatch, overrides, message):
-    monkeypatch.setattr(loop, "load_pipeline", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(build, "load_pipeline", lambda *args: pytest.fail("loaded"))
     with pytest.raises(UsageError, match=message):
         train(configure(*overrides))
 
@@ -79,23 +79,23 @@ def test_a_role_that_the_data_do_not_have_is_found_before_a_model_is_loaded(conf
     ],
 )
 def test_what_the_pipeline_cannot_do_is_found_before_rewards_are_loaded(configure, monkeypatch, overrides, message):
-    monkeypatch.setattr(loop, "load_objective", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(build, "load_objective", lambda *args: pytest.fail("loaded"))
     with pytest.raises(UsageError, match=message):
         train(configure(*overrides))
 
 
 @pytest.mark.parametrize("mode", ["mode=one_step", "mode=denoise"])
 def test_a_pipeline_of_an_unknown_kind(configure, monkeypatch, mode):
-    monkeypatch.setattr(loop, "load_objective", lambda *args: pytest.fail("loaded"))
-    monkeypatch.setattr(loop, "load_pipeline", lambda model: tiny_pipelines.animatediff())
+    monkeypatch.setattr(build, "load_objective", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(build, "load_pipeline", lambda model: tiny_pipelines.animatediff())
     with pytest.raises(UsageError, match=r"AnimateDiffPipeline is not known to start from latents .* known are Wan, "):
         train(configure("prediction.mode=sample", "prediction.overlap=1", f"prediction.{mode}"))
 
 
 @pytest.mark.parametrize("key", ["train.micro_batch", "validation.batch"])
 def test_a_pipeline_that_takes_one_clip_a_call(configure, monkeypatch, key):
-    monkeypatch.setattr(loop, "load_objective", lambda *args: pytest.fail("loaded"))
-    monkeypatch.setattr(loop, "load_pipeline", lambda model: tiny_pipelines.wan_vace())
+    monkeypatch.setattr(build, "load_objective", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(build, "load_pipeline", lambda model: tiny_pipelines.wan_vace())
     with pytest.raises(UsageError, match="WanVACEPipeline takes one clip a call"):
         train(configure("prediction.mode=sample", "train.micro_batch=1", "validation.batch=1", f"{key}=2"))
 
@@ -244,7 +244,7 @@ def test_a_run_is_the_same_when_clips_are_read_ahead(configure, tmp_path, monkey
     options = ["train.steps=3", "data.clips.mask={name: box}", "lora.dropout=0.1", "validation.every=1"]
     train(configure(*options, f"run.folder={tmp_path}/ahead"))
     assert not readers()
-    monkeypatch.setattr(loop, "Prefetched", Unhurried)
+    monkeypatch.setattr(trainer, "Prefetched", Unhurried)
     train(configure(*options, f"run.folder={tmp_path}/then"))
     ahead, then = (
         [tiny_runs.rows(tmp_path / name, key) for key in ("reward", "heldout/l1")] for name in ("ahead", "then")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from chopgrad_align import LastSteps, RandomLast
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.prompts import read_conditions
 from chopgrad_align.decoding.backprop import Exact, Full, Truncated
@@ -124,12 +125,12 @@ def test_the_section_on_gradients_becomes_a_policy():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.step=3"], r"least.yaml: unknown key 'train.step'; the nearest at train is 'steps'$"),
-        (["optimizer=adam"], r"least.yaml: unknown key 'optimizer'; the nearest at the top level is '\w+'$"),
-        (["rewards.colour.wight=2"], r"unknown key 'rewards.colour.wight'; the nearest at rewards.colour is 'weight'$"),
+        (["train.step=3"], r"least.yaml: unknown key 'train.step'; did you mean 'steps'\?$"),
+        (["optimizer=adam"], r"least.yaml: unknown key 'optimizer'; at the top level there are run, model, data, "),
+        (["rewards.colour.wight=2"], r"unknown key 'rewards.colour.wight'; did you mean 'weight'\?$"),
         (
             ["gradient.decoder=exakt"],
-            r"least.yaml: gradient.decoder: expected 'exact', 'truncated' or 'full', got 'exa",
+            r"least.yaml: gradient: no decoder policy is called 'exakt'; did you mean 'exact'\? Known: exact, full",
         ),
         (["train.steps=many"], r"least.yaml: train.steps: expected a valid integer, .*got 'many'$"),
         (["train.steps=2.5"], r"least.yaml: train.steps: expected a valid integer, .*got 2.5$"),
@@ -151,7 +152,7 @@ def test_the_section_on_gradients_becomes_a_policy():
             ["rewards.colour=colorfulness"],
             r"rewards.colour: expected a section with the keys name, weight, cap, target, normalize, args, got 'c",
         ),
-        (["rewards.colour.normalise=true"], r"unknown key 'rewards.colour.normalise'; the nearest .* is 'normalize'$"),
+        (["rewards.colour.normalise=true"], r"unknown key 'rewards.colour.normalise'; did you mean 'normalize'\?$"),
         (["rewards.colour.cap=high"], r"rewards.colour.cap: expected a valid number, .*got 'high'$"),
         (["rewards.colour.cap=.inf"], r"rewards.colour.cap: expected a finite number, got inf$"),
         (["rewards.colour.cap=3", "rewards.colour.target=2"], r"rewards.colour: give a cap or a target, not both$"),
@@ -222,7 +223,7 @@ def test_from_the_command_line(least, tmp_path):
 
     failed = align("--config", least, "train.learning_rat=1")
     assert failed.returncode == 2
-    expected = f"error: {least}: unknown key 'train.learning_rat'; the nearest at train is 'learning_rate'\n"
+    expected = f"error: {least}: unknown key 'train.learning_rat'; did you mean 'learning_rate'?\n"
     assert failed.stderr == expected
     assert not failed.stdout
 
@@ -234,3 +235,14 @@ def test_a_key_can_be_left_out(tmp_path):
     assert load_config(path, ["~rewards.other"]).rewards.keys() == {"colour"}
     with pytest.raises(UsageError, match=r"'~rewards.others' leaves out a key that the config does not have"):
         load_config(path, ["~rewards.others"])
+
+
+def test_policies_by_name(least):
+    def gradient(*overrides):
+        return load_config(least, overrides).gradient
+
+    assert gradient().step_policy() == LastSteps(1)
+    assert gradient("gradient.last_steps=2").step_policy() == LastSteps(2)
+    drawn = gradient("gradient.steps={name: random_last, args: {count: 3, detach_input: true}}")
+    assert drawn.step_policy() == RandomLast(3, detach_input=True)
+    assert gradient("gradient.decoder=chopgrad_align:Truncated", "gradient.args.distance=2").policy() == Truncated(2)

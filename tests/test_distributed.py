@@ -12,8 +12,9 @@ import torch
 from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align.training import batches
-from chopgrad_align.training import run as loop
 from chopgrad_align.training.config import load_config
+from chopgrad_align.training.parallel import Replicas
+from chopgrad_align.training.run import train
 
 PROMPTS = 12
 OVERRIDES = [
@@ -39,10 +40,10 @@ class Mean:
 DRIVER = """
 import os, runpy, sys
 import torch
-from chopgrad_align.training import loop
+from chopgrad_align.training import trainable
 
-original, found = loop.lora_parameters, []
-loop.lora_parameters = lambda denoisers: found.extend(original(denoisers)) or original(denoisers)
+original, found = trainable.lora_parameters, []
+trainable.lora_parameters = lambda denoisers: found.extend(original(denoisers)) or original(denoisers)
 folder, script, *sys.argv[1:] = sys.argv[1:]
 runpy.run_path(script, run_name="__main__")
 torch.save([p.detach() for p in found], f"{folder}/rank-{os.environ['RANK']}.pt")
@@ -81,13 +82,14 @@ def test_what_no_process_has_a_gradient_of_keeps_none():
     here, there, nowhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     here.grad, others = torch.tensor([1.0, 2.0]), iter([torch.tensor([1.0, 1.0, 0.0]), torch.tensor([3.0, 4, 5, 6])])
 
-    class Two:
-        num_processes, device = 2, torch.device("cpu")
+    class Two(Replicas):
+        def __init__(self):
+            self.world, self.device = 2, torch.device("cpu")
 
-        def reduce(self, own, kind):
+        def sum(self, own):
             return own + next(others)
 
-    loop._sum_gradients([here, there, nowhere], Two())
+    Two().sum_gradients([here, there, nowhere])
     assert here.grad.tolist() == [4, 6]
     assert there.grad.tolist() == [5, 6]
     assert nowhere.grad is None
@@ -102,7 +104,7 @@ def test_two_processes_compute_what_one_does(config, tmp_path):
     assert "2 process(es)" in done.stdout
     assert done.stdout.count("held-out reward") == 1
     assert done.stderr.count("encoding prompts:   0%") == 1
-    loop.train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
+    train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
 
     # Every process holds the weights that were saved.
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -137,20 +139,20 @@ def numbers(row):
 
 def moments(run, step):
     optimizer = torch.load(run / "checkpoints" / f"step-{step:06d}" / "optimizer.pt", weights_only=True)
-    return torch.cat([state["exp_avg"].flatten() for state in optimizer["state"].values()])
+    return torch.cat([state["exp_avg"].flatten() for state in optimizer["optimizer"]["state"].values()])
 
 
 @pytest.mark.slow
 def test_a_run_of_one_process_is_continued_by_two(config, tmp_path):
     options = [*OVERRIDES, f"run.folder={tmp_path}/run"]
-    loop.train(load_config(config, [*options, "train.steps=1"]))
+    train(load_config(config, [*options, "train.steps=1"]))
     # The reward's argument is of this test, not of the run.
     (tmp_path / "run" / "config.yaml").write_text(
         (tmp_path / "run" / "config.yaml").read_text().replace("world: 1", "world: 2")
     )
     done = launch(2, tiny_runs.SCRIPT, "--config", config, *options, "rewards.mean.args.world=2", "--resume")
     assert done.returncode == 0, done.stderr
-    loop.train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
+    train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
     for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "run"), strict=True):
         assert numbers(other) == pytest.approx(numbers(one), rel=1e-4)
 

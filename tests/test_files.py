@@ -25,7 +25,7 @@ def test_a_failure_leaves_the_old_file(tmp_path, error):
     path.write_text("old")
     with pytest.raises(UsageError if isinstance(error, OSError) else type(error)) as caught:
         fail()
-    if isinstance(error, OSError):  # which alone is the user's to mend
+    if isinstance(error, OSError):  # which alone a user can correct
         assert str(caught.value).startswith(f"cannot write {path}: No space left on device; free some space")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -186,7 +186,7 @@ def with_lora(kept, dropout=0.0):
     pipe.transformer.bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         if kept:
-            patch.setattr(lora, "keep_inputs_as_they_are", lambda denoiser: None)
+            patch.setattr(lora, "save_low_precision_inputs", lambda denoiser: None)
         parameters = lora_parameters(add_lora(pipe, lora_config(2, None, tiny_pipelines.TARGETS, dropout)))
     torch.manual_seed(1)
     for parameter in parameters:

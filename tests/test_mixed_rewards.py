@@ -214,9 +214,7 @@ def test_weights_of_prompts_reach_the_gradient(configure, tmp_path):
 def test_a_weight_of_a_reward_that_is_not_there(configure, tmp_path):
     config = configure("run")
     (tmp_path / "weighted.csv").write_text("prompt,weight.color\na,2\n")
-    with pytest.raises(
-        UsageError, match=r"no reward is called as in the column 'weight.color'; the nearest is 'colour'"
-    ):
+    with pytest.raises(UsageError, match=r"no reward is called as in the column 'weight.color'; did you mean 'colour'"):
         train(config)
     assert not (tmp_path / "run").exists()
 
@@ -260,11 +258,11 @@ def test_a_reward_that_reads_more_than_it_says_is_found(model, own, tmp_path):
 
 
 @pytest.mark.parametrize("backprop", [Exact(), Full()])
-def test_decode_read(backprop):
+def test_decode_selected_frames(backprop):
     vae, latents = tiny_vaes.wan_vae(), torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     latents.requires_grad_()
     whole = decode(vae, latents, backprop)
-    pixels = partial.decode_read(vae, latents, backprop, read=lambda total: [0, total - 2], expected=9)
+    pixels = partial.decode_selected_frames(vae, latents, backprop, read=lambda total: [0, total - 2], expected=9)
     assert pixels.shape == whole.shape
     assert pixels.isnan().flatten(3).all(3).all(1).all(0).tolist() == [i not in (0, 7) for i in range(9)]
     torch.testing.assert_close(pixels[:, :, [0, 7]], whole[:, :, [0, 7]])
@@ -273,10 +271,10 @@ def test_decode_read(backprop):
 
     # Everything, where the call makes another number of frames than was asked for, or all are read.
     for read, asked in ((lambda total: [0], 8), (lambda total: [0], None), (lambda total: list(range(total)), 9)):
-        assert torch.equal(partial.decode_read(vae, latents, backprop, read=read, expected=asked), whole)
+        assert torch.equal(partial.decode_selected_frames(vae, latents, backprop, read=read, expected=asked), whole)
 
 
 def test_decoders_of_chunks_make_all_frames():
     vae, latents = tiny_vaes.temporal_vae(), torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    pixels = partial.decode_read(vae, latents, Exact(), read=lambda total: [0], expected=4, num_frames=4)
+    pixels = partial.decode_selected_frames(vae, latents, Exact(), read=lambda total: [0], expected=4, num_frames=4)
     assert pixels.isfinite().all()

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from chopgrad_align.common.errors import UsageError
-from chopgrad_align.objective.objective import Objective, Statistics, Term
+from chopgrad_align.objective.objective import Objective
 from chopgrad_align.objective.reward import FrameReward
+from chopgrad_align.objective.statistics import Statistics
+from chopgrad_align.objective.terms import RewardTerm
 
 PROMPTS = ["a", "bb"]
 
@@ -31,7 +33,7 @@ def value(score, **term):
     """Of a score, what a term makes of it, and the derivative."""
     statistics = term.pop("statistics", None)
     scores = torch.tensor([score], requires_grad=True)
-    result = Term(Brightness(), **term).value(scores, statistics)
+    result = RewardTerm(Brightness(), **term).value(scores, statistics)
     return result.item(), torch.autograd.grad(result, scores)[0].item()
 
 
@@ -58,11 +60,11 @@ def test_the_value_of_a_score(score, term, expected):
 
 def test_a_cap_and_a_target_exclude_each_other():
     with pytest.raises(UsageError, match="a cap or a target, not both"):
-        Term(Brightness(), cap=1.0, target=1.0)
+        RewardTerm(Brightness(), cap=1.0, target=1.0)
 
 
 def test_the_sum_is_that_of_its_terms():
-    objective = Objective({"one": Term(Brightness(), 2.0), "other": Term(length, -0.5)})
+    objective = Objective({"one": RewardTerm(Brightness(), 2.0), "other": RewardTerm(length, -0.5)})
     video = clip()
     scores = objective.scores(video, PROMPTS, [0, 1])
     means = video.mean((1, 2, 3, 4))
@@ -83,7 +85,7 @@ def test_the_sum_is_that_of_its_terms():
 
 def test_frames_that_are_read():
     def read(*samplers, seeds=(3, 4)):
-        terms = {str(i): Term(Brightness(frames=sampler)) for i, sampler in enumerate(samplers)}
+        terms = {str(i): RewardTerm(Brightness(frames=sampler)) for i, sampler in enumerate(samplers)}
         return Objective(terms).frames_read(9, seeds)
 
     assert read("first", "last") == [0, 8]
@@ -94,11 +96,13 @@ def test_frames_that_are_read():
     assert len(one) == 2
     assert read({"random": 2}, {"random": 2}, seeds=[3]) == one
     assert read({"random": 2}) == sorted({*one, *read({"random": 2}, seeds=[4])})
-    assert Objective({"x": Term(length)}).frames_read(3, [0]) == [0, 1, 2]
+    assert Objective({"x": RewardTerm(length)}).frames_read(3, [0]) == [0, 1, 2]
 
 
 def test_unread_frames_can_be_anything():
-    objective = Objective({"one": Term(Brightness(frames=3)), "other": Term(Brightness(frames={"random": 2}))})
+    objective = Objective(
+        {"one": RewardTerm(Brightness(frames=3)), "other": RewardTerm(Brightness(frames={"random": 2}))}
+    )
     video = clip()
     seeds = [5, 6]
     read = objective.frames_read(9, seeds)
@@ -133,8 +137,16 @@ def test_updates_in_one_piece_or_several_agree_where_nothing_moves():
     assert at_once.variance == pytest.approx(4 * (1 - 1 / 256) ** 8)
 
 
+def test_the_variance_counts_the_move_of_the_mean():
+    # Of an exponential average, the moments after weight `rate` has gone from N(0, 1) to a constant 3.
+    rate = 1 - (1 - 1 / 256) ** 8
+    moved = Statistics(mean=0.0, variance=1.0, least=0.0).updated([3.0] * 8)
+    assert moved.mean == pytest.approx(3 * rate)
+    assert moved.variance == pytest.approx((1 - rate) * 1 + rate * 9 - (3 * rate) ** 2)
+
+
 def test_scores_without_spread_cannot_be_normalized():
-    objective = Objective({"flat": Term(Brightness(), normalize=True), "other": Term(length)})
+    objective = Objective({"flat": RewardTerm(Brightness(), normalize=True), "other": RewardTerm(length)})
     with pytest.raises(UsageError, match=r"rewards.flat.normalize: all 3 held-out videos score 0.5, .*leave it out"):
         objective.first_statistics({"flat": [0.5] * 3, "other": [1.0] * 3})
     assert objective.first_statistics({"flat": [0.5, 1.0], "other": [1.0] * 2}).keys() == {"flat"}
@@ -144,4 +156,4 @@ def test_a_reward_that_breaks_the_contract_is_named():
     with pytest.raises(
         UsageError, match=r"reward 'mine' returned scores of shape \(\) for a batch of 2, expected \(2,"
     ):
-        Objective({"mine": Term(lambda video, prompts: video.mean())}).scores(clip(), PROMPTS, [0, 1])
+        Objective({"mine": RewardTerm(lambda video, prompts: video.mean())}).scores(clip(), PROMPTS, [0, 1])

@@ -20,14 +20,14 @@ from torch import nn
 
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.common.storage_count import StorageCount
-from chopgrad_align.objective.objective import Statistics
+from chopgrad_align.objective.statistics import Statistics
 from chopgrad_align.planner import choose, stand_ins
 from chopgrad_align.planner.report import fragment, in_words
 from chopgrad_align.planner.simulate import Figures, Memory
 from chopgrad_align.planner.weightless import Simulation, weightless
 from chopgrad_align.sampling.steps import LastSteps
 from chopgrad_align.training.config import load_config
-from chopgrad_align.training.methods.direct import Trainee
+from chopgrad_align.training.methods.direct import DirectGradient
 from chopgrad_align.training.models import load_objective
 
 simulate = importlib.import_module("chopgrad_align.planner.simulate")  # the package has a function of this name
@@ -226,23 +226,23 @@ def test_the_phases_cover_the_step(folder):
     config = run(folder, "wan_t2v", "gradient.cache=host")
     figures = counted(config)
     loaded = simulate.load(config, nullcontext())
-    trainee = Trainee(
-        pipe=loaded.pipe,
+    method = DirectGradient(
+        pipe=loaded.models.pipe,
         call=config.model.call | {"num_inference_steps": 2},
-        objective=loaded.objective,
+        objective=loaded.models.objective,
         steps=LastSteps(1),
         backprop=config.gradient.policy(),
         batch_size=config.train.batch_size,
         phases=lambda name: nullcontext(),
     )
     with StorageCount() as count:
-        optimizer = torch.optim.AdamW(loaded.parameters)
-        for parameter in loaded.parameters:
+        optimizer = torch.optim.AdamW(loaded.models.trainable.parameters)
+        for parameter in loaded.models.trainable.parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         assert count.now == figures.resident["optimizer"]
         count.peak = count.now
-        trainee.accumulate(loaded.batch, {"colour": Statistics(0, 1, 1)})
+        method.accumulate(loaded.batch, {"colour": Statistics(0, 1, 1)})
     weights = sum(figures.resident.values()) - figures.resident["optimizer"]
     assert weights + count.peak == max(m.device for name, m in figures.phases.items() if name != "optimizer")
     assert count.host_peak == figures.host > 0
@@ -252,7 +252,7 @@ def test_libraries_load_weights_again_afterwards(folder):
     simulate.simulate(run(folder, "cogvideox"))
     assert nn.Linear(2, 2).to(torch.float64).weight.dtype == torch.float64
     real = simulate.load(run(folder, "cogvideox"), nullcontext())
-    assert type(next(real.pipe.vae.parameters()).data) is torch.Tensor
+    assert type(next(real.models.pipe.vae.parameters()).data) is torch.Tensor
 
 
 def counted(config, limit=math.inf):

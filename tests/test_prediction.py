@@ -20,15 +20,17 @@ from chopgrad_align.common.errors import UsageError
 from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.data.video import write_video
 from chopgrad_align.objective.losses import load_loss
-from chopgrad_align.objective.objective import LatentTerm, LossTerm, Objective, Term
+from chopgrad_align.objective.objective import Objective
+from chopgrad_align.objective.terms import LatentTerm, LossTerm, RewardTerm
 from chopgrad_align.sampling.predictions import Denoise, OneStep, Sample
 from chopgrad_align.sampling.predictions.latents import encode
-from chopgrad_align.sampling.predictions.one_call import Straight, VariancePreserving, one_call, path_of
+from chopgrad_align.sampling.predictions.one_call import one_call
+from chopgrad_align.sampling.predictions.probability_paths import RectifiedFlow, VariancePreserving, path_of
 from chopgrad_align.sampling.predictions.windows import predict_long, windows
 from chopgrad_align.training.config import load_config
 from chopgrad_align.training.methods import direct as step
 from chopgrad_align.training.methods import streaming
-from chopgrad_align.training.methods.direct import MicroBatch, Trainee
+from chopgrad_align.training.methods.direct import DirectGradient, MicroBatch
 from chopgrad_align.training.phases import Phases
 from chopgrad_align.training.predictors import HeldOutClips, restorers
 from chopgrad_align.training.run import train
@@ -59,8 +61,8 @@ def batch_of(videos, prompts=("a", "b"), seeds=(7, 8)):
     return MicroBatch(given, list(prompts), frame_seeds=list(seeds), seeds=list(seeds), videos=videos)
 
 
-def trainee(pipe, prediction, objective, backprop=Exact(), call=None):  # noqa: B008 (frozen)
-    return Trainee(
+def method(pipe, prediction, objective, backprop=Exact(), call=None):  # noqa: B008 (frozen)
+    return DirectGradient(
         pipe=pipe,
         call={"guidance_scale": 1.0} | (call or {}),
         objective=objective,
@@ -150,7 +152,7 @@ def test_streamed_losses_are_those_of_the_decoded_clip(make, monkeypatch):
     found = {}
     for streamed in (True, False):
         monkeypatch.setattr(step, "can_stream", lambda *args, streamed=streamed: streamed)
-        learner = trainee(pipe, OneStep(0.5), objective, Truncated(0))
+        learner = method(pipe, OneStep(0.5), objective, Truncated(0))
         found[streamed] = gradients(pipe, lambda learner=learner: rows.append(learner.accumulate(batch, {})))
     torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-6)
     assert error_of_all(found[True], found[False]) < 1e-5
@@ -168,7 +170,7 @@ def test_streamed_losses_hold_no_clip_of_pixels(wan, monkeypatch):
 
     for streamed in (True, False):
         monkeypatch.setattr(step, "can_stream", lambda *args, streamed=streamed: streamed)
-        learner = replace(trainee(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0)), phases=phases)
+        learner = replace(method(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0)), phases=phases)
         for frames in (33, 65):
             videos = clips(1, frames=frames)
             with storage:
@@ -189,7 +191,7 @@ def test_streamed_losses_hold_no_clip_of_pixels(wan, monkeypatch):
         ({"a": LatentTerm("latents")}, Truncated(0), False),
         ({"a": l2(), "b": LossTerm(load_loss("frame_difference"))}, Truncated(0), False),
         ({"a": LossTerm(load_loss("l2", frames=2))}, Truncated(0), False),
-        ({"a": l2(), "b": Term(load_reward("colorfulness"))}, Truncated(0), False),
+        ({"a": l2(), "b": RewardTerm(load_reward("colorfulness"))}, Truncated(0), False),
     ],
 )
 def test_which_objectives_stream(terms, backprop, streamed):
@@ -198,7 +200,7 @@ def test_which_objectives_stream(terms, backprop, streamed):
 
 def test_what_is_not_decoded_frame_group_by_frame_group_is_decoded_whole(wan):
     videos = clips(frames=9)
-    learner = trainee(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0))
+    learner = method(wan, OneStep(0.5), Objective({"l2": l2()}), Truncated(0))
     wan.vae.enable_slicing()
     try:
         sliced = gradients(wan, lambda: learner.accumulate(batch_of(videos), {}))
@@ -212,7 +214,7 @@ def test_what_is_not_decoded_frame_group_by_frame_group_is_decoded_whole(wan):
 
 SHARES = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
 PATHS = [
-    Straight(1000.0),
+    RectifiedFlow(1000.0),
     *(VariancePreserving(SHARES, prediction) for prediction in ("epsilon", "v_prediction", "sample")),
 ]
 
@@ -263,7 +265,7 @@ def one_step_by_hand(pipe, videos, time, prompts=("a", "b")):
 
 def test_one_step_is_one_call_at_its_time(wan):
     videos, scheduler = clips(), wan.scheduler
-    with OneStep(0.3).begin(wan, videos, (0, 1), False, latents=True) as begun, torch.no_grad():
+    with OneStep(0.3).prepare(wan, videos, (0, 1), False, latents=True) as begun, torch.no_grad():
         video = wan(**{**inputs(), **begun.inputs}, guidance_scale=1.0, output_type="pt").frames
     assert wan.scheduler is scheduler
     reference = begun.reference()
@@ -279,7 +281,7 @@ def test_the_gradient_of_one_step_is_that_of_plain_autograd(wan):
     videos = clips()
 
     def ours():
-        trainee(wan, OneStep(0.3), Objective({"l2": l2(3.0), "latent": LatentTerm("latents", 0.5)})).accumulate(
+        method(wan, OneStep(0.3), Objective({"l2": l2(3.0), "latent": LatentTerm("latents", 0.5)})).accumulate(
             batch_of(videos), {}
         )
 
@@ -298,7 +300,7 @@ def test_the_gradient_of_one_step_is_that_of_plain_autograd(wan):
 def test_nothing_is_decoded_for_a_latent_loss(wan, monkeypatch):
     monkeypatch.setattr(wan.vae, "_decode", lambda *_, **__: pytest.fail("decoded"))
     objective = Objective({"latent": LatentTerm("latents")})
-    found = gradients(wan, lambda: trainee(wan, OneStep(), objective).accumulate(batch_of(clips()), {}))
+    found = gradients(wan, lambda: method(wan, OneStep(), objective).accumulate(batch_of(clips()), {}))
     assert max(g.abs().max() for g in found.values()) > 0
 
 
@@ -308,7 +310,7 @@ def test_only_the_frames_of_a_loss_are_decoded(wan):
     results = []
     for backprop in (Exact(), Full()):
         term = LossTerm(load_loss("l1", frames="first"))
-        run = trainee(wan, OneStep(0.3), Objective({"l1": term}), backprop)
+        run = method(wan, OneStep(0.3), Objective({"l1": term}), backprop)
         results.append(gradients(wan, lambda run=run: run.accumulate(batch_of(videos), {})))
     for name, gradient in results[1].items():
         torch.testing.assert_close(
@@ -318,7 +320,7 @@ def test_only_the_frames_of_a_loss_are_decoded(wan):
 
 def test_the_scheduler_comes_back_after_an_error(wan):
     scheduler = wan.scheduler
-    with pytest.raises(RuntimeError, match="mine"), OneStep().begin(wan, clips(), (0, 1), False, False):
+    with pytest.raises(RuntimeError, match="mine"), OneStep().prepare(wan, clips(), (0, 1), False, False):
         raise RuntimeError("mine")
     assert wan.scheduler is scheduler
 
@@ -327,22 +329,22 @@ def test_a_role_that_is_not_there(wan):
     with pytest.raises(
         UsageError, match=r"prediction.source: the data has no role 'control'. It has: target, degraded"
     ):
-        OneStep(source="control").begin(wan, clips(), (0, 1), False, False).__enter__()
+        OneStep(source="control").prepare(wan, clips(), (0, 1), False, False).__enter__()
     with pytest.raises(UsageError, match=r"prediction.columns.video: the data has no role 'degrade'; did you mean"):
-        Sample({"video": "degrade"}).begin(wan, clips(), (0, 1), False, False).__enter__()
+        Sample({"video": "degrade"}).prepare(wan, clips(), (0, 1), False, False).__enter__()
     with pytest.raises(UsageError, match="mode=denoise needs data with a target"):
-        Denoise().begin(wan, {}, (0, 1), False, False).__enter__()
+        Denoise().prepare(wan, {}, (0, 1), False, False).__enter__()
 
 
 def test_one_step_of_cogvideox():
     """Its model predicts the velocity of a variance-preserving schedule, its latents have frames first."""
     pipe, videos = tiny_pipelines.cogvideox(), clips(frames=9)
     objective = Objective({"l2": l2()})
-    with OneStep(0.4).begin(pipe, videos, (0, 1), False, True) as begun, torch.no_grad():
+    with OneStep(0.4).prepare(pipe, videos, (0, 1), False, True) as begun, torch.no_grad():
         video = pipe(**{**inputs(frames=9), **begun.inputs}, guidance_scale=1.0, output_type="pt").frames
     loss = objective.scores(video, ["a", "b"], [0, 1], begun.reference())["l2"]
     torch.testing.assert_close(loss, (video - videos["target"]).square().flatten(1).mean(1))
-    run = trainee(pipe, OneStep(0.4), objective)
+    run = method(pipe, OneStep(0.4), objective)
     found = gradients(pipe, lambda: run.accumulate(batch_of(videos), {}))
     assert max(g.abs().max() for g in found.values()) > 0
 
@@ -352,7 +354,7 @@ def test_one_step_of_cogvideox():
 
 def test_the_diffusion_loss_is_the_usual_one(wan):
     videos, seeds, scores = clips(), (7, 8), []
-    run = trainee(wan, Denoise((0.5, 0.5)), Objective({"diffusion": LatentTerm("outputs", 2.0)}))
+    run = method(wan, Denoise((0.5, 0.5)), Objective({"diffusion": LatentTerm("outputs", 2.0)}))
     gradients(wan, lambda: scores.append(run.accumulate(batch_of(videos, seeds=seeds), {})))
     clean = encode(wan, videos["target"])
     noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds])
@@ -368,7 +370,7 @@ def test_the_diffusion_loss_is_the_usual_one(wan):
 
 def test_times_are_drawn_by_the_seed_in_training_and_fixed_in_measurements(wan):
     def start(seeds, training):
-        with Denoise((0.1, 0.9)).begin(wan, clips(), seeds, training, False) as begun:
+        with Denoise((0.1, 0.9)).prepare(wan, clips(), seeds, training, False) as begun:
             return begun.inputs["latents"]
 
     assert torch.equal(start((1, 2), True), start((1, 2), True))
@@ -381,7 +383,7 @@ def test_times_are_drawn_by_the_seed_in_training_and_fixed_in_measurements(wan):
 def test_pixel_and_diffusion_loss_stand_beside_each_other(wan):
     objective = Objective({"l2": l2(), "diffusion": LatentTerm("outputs", 0.1)})
     rows = []
-    run = trainee(wan, Denoise(), objective)
+    run = method(wan, Denoise(), objective)
     found = gradients(wan, lambda: rows.append(run.accumulate(batch_of(clips()), {})))
     total, pixels, diffusion, *_ = rows[0].T
     torch.testing.assert_close(total, -(pixels + 0.1 * diffusion))
@@ -411,7 +413,7 @@ def test_columns_become_arguments_of_vace():
     pipe, videos = tiny_pipelines.wan_vace(), {k: v[:1] for k, v in clips().items()}
     videos |= {"mask": (videos["target"][:, :, :1] > 0.5).float(), "image": videos["target"][:, :1]}
     columns = {"video": "degraded", "mask": "mask", "reference_images": "image"}
-    run = trainee(pipe, Sample(columns), Objective({"l2": l2()}), call={"num_inference_steps": 2})
+    run = method(pipe, Sample(columns), Objective({"l2": l2()}), call={"num_inference_steps": 2})
     scores = []
     found = gradients(pipe, lambda: scores.append(run.accumulate(batch_of(videos, prompts=("a",), seeds=(3,)), {})))
     assert max(g.abs().max() for g in found.values()) > 0
@@ -462,11 +464,11 @@ def test_a_prediction_that_needs_no_window_is_the_same_by_windows():
 def test_one_step_goes_on_from_the_context(wan):
     videos = clips(frames=9)
     context = {**videos, "context": videos["target"][:, :5]}
-    with OneStep(0.3).begin(wan, context, (0, 1), False, False) as begun:
+    with OneStep(0.3).prepare(wan, context, (0, 1), False, False) as begun:
         latents = begun.inputs["latents"]
     torch.testing.assert_close(latents[:, :, :2], encode(wan, videos["target"][:, :5]))
     torch.testing.assert_close(latents[:, :, 2:], encode(wan, videos["degraded"])[:, :, 2:])
-    with OneStep(0.3).begin(wan, context, (0, 1), False, False) as begun:
+    with OneStep(0.3).prepare(wan, context, (0, 1), False, False) as begun:
         given = {**inputs(frames=9), "guidance_scale": 1.0, "output_type": "latent"}
         predicted = wan(**given, **begun.inputs).frames
     torch.testing.assert_close(predicted[:, :, :2], latents[:, :, :2])
@@ -480,7 +482,7 @@ def test_the_sampler_keeps_the_context_from_the_middle_of_the_schedule(wan):
     pipe = WanVideoToVideoPipeline(**{name: wan.components[name] for name in parts})
     pipe.set_progress_bar_config(disable=True)
     videos = {"context": clips(1, frames=5)["target"]}
-    with Sample().begin(pipe, videos, (0,), False, False) as begun:
+    with Sample().prepare(pipe, videos, (0,), False, False) as begun:
         given = {"video": [tiny_pipelines.picture(i) for i in range(9)], "strength": 0.5, "num_inference_steps": 4}
         given |= {"height": 16, "width": 16, "guidance_scale": 1.0, "output_type": "latent", "prompt": "a"}
         latents = pipe(**given, **begun.inputs).frames
@@ -489,7 +491,7 @@ def test_the_sampler_keeps_the_context_from_the_middle_of_the_schedule(wan):
 
 def test_the_sampler_keeps_the_context(wan):
     videos = {"context": clips(frames=5)["target"]}
-    with Sample().begin(wan, videos, (0, 1), False, False) as begun:
+    with Sample().prepare(wan, videos, (0, 1), False, False) as begun:
         given = {**inputs(frames=9), "guidance_scale": 1.0, "num_inference_steps": 2, "output_type": "latent"}
         latents = wan(**given, **begun.inputs).frames
     torch.testing.assert_close(latents[:, :, :2], encode(wan, videos["context"]))
@@ -531,11 +533,11 @@ def configure(tmp_path, saved_wan):
     return lambda *overrides: load_config(path, overrides)
 
 
-@pytest.mark.parametrize(("mode", "kept"), [("one_step", 2), ("denoise", 2), ("one_step, mended", 1)])
+@pytest.mark.parametrize(("mode", "kept"), [("one_step", 2), ("denoise", 2), ("one_step, repaired", 1)])
 def test_latents_of_clips_that_come_again_are_kept(configure, tmp_path, monkeypatch, mode, kept):
     """Each of the two files has one clip, and a target and a degraded version of it that are the same."""
     overrides = [f"prediction.mode={mode.partition(',')[0]}", "losses={latent: {name: latent}}"]
-    if "mended" not in mode:
+    if "repaired" not in mode:
         overrides += ["~data.clips.degradation", "data.clips.columns={target: file_name, degraded: file_name}"]
     encoded = []
     original = AutoencoderKLWan.encode
@@ -554,7 +556,7 @@ def test_latents_of_clips_that_come_again_are_kept(configure, tmp_path, monkeypa
         results.append((len(encoded), [row["loss"] for row in rows(tmp_path / folder)]))
     (plain, losses), (first, same), (again, still) = results
     assert losses == same == still
-    if "mended" in mode:
+    if "repaired" in mode:
         assert plain > first > again > 0
     else:
         assert plain > first == kept

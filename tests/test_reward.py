@@ -188,11 +188,11 @@ def test_a_reward_of_frames_together():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 0}, r"^Match: frames: expected a whole number, 1 or more, got 0$"),
-        ({"frames": 1.5}, r"^Match: frames: expected a whole number, 1 or more, got 1.5$"),
-        ({"frames": True}, r"whole number, 1 or more, got True$"),
-        ({"frames": {"random": "all"}}, r"whole number, 1 or more, got 'all'$"),
-        ({"frames": {"stride": -1}}, r"whole number, 1 or more, got -1$"),
+        ({"frames": 0}, r"^Match: frames=0: expected a whole number, 1 or more$"),
+        ({"frames": 1.5}, r"^Match: frames=1.5: expected a whole number, 1 or more$"),
+        ({"frames": True}, r"frames=True: expected a whole number, 1 or more$"),
+        ({"frames": {"random": "all"}}, r"frames='all': expected a whole number, 1 or more$"),
+        ({"frames": {"stride": -1}}, r"frames=-1: expected a whole number, 1 or more$"),
         ({"frames": "frist"}, r"frames='frist': expected .* \{stride: 4\}, \{first: 4\}; did you mean 'first'\?$"),
         ({"frames": {"rand": 4}}, r"frames=\{'rand': 4\}: expected a whole .*; did you mean 'random'\?$"),
         ({"frames": {"random": 4, "stride": 2}}, r"expected a whole number, all, first, last, first\+last, or one of"),

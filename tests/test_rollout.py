@@ -15,7 +15,7 @@ from torch import Tensor
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.decoding.backprop import Exact, Full, Truncated
 from chopgrad_align.sampling.rollout import check_call, differentiable, rollout
-from chopgrad_align.sampling.steps import LastSteps
+from chopgrad_align.sampling.steps import LastSteps, LowVariance, RandomLast, Steps
 
 # diffusers' Euler scheduler calls numpy.array on a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -391,7 +391,7 @@ def test_free_init_is_refused():
     [
         ("wan_unipc", {"output_type": "np"}, "sets output_type itself"),
         ("wan_unipc", {"return_dict": False}, "sets return_dict itself"),
-        ("wan_unipc", {"promt": "x"}, "no argument 'promt'; the nearest is 'prompt'"),
+        ("wan_unipc", {"promt": "x"}, "no argument 'promt'; did you mean 'prompt'"),
         ("svd", {"prompt": "x"}, "no argument 'prompt'"),
         ("wan_unipc", {"num_frames": 6}, "round num_frames=6; it makes 4k \\+ 1, the nearest is 5"),
         ("wan_unipc", {"num_frames": 8}, "the nearest is 9"),
@@ -409,6 +409,102 @@ def test_bad_calls(kind, wrong, message, monkeypatch):
     monkeypatch.setattr(denoiser_of(pipe), "forward", None)  # none of it may get as far as sampling
     with pytest.raises(UsageError, match=message):
         rollout(pipe, **{**call, **wrong})
+
+
+BAD_VALUES = {
+    "no_steps": ({"num_inference_steps": 0}, "num_inference_steps=0: expected a whole number, 1 or more"),
+    "float_steps": ({"num_inference_steps": 2.0}, "num_inference_steps=2.0: expected a whole number"),
+    "unset_steps": ({"num_inference_steps": None}, "num_inference_steps=None: expected a whole number"),
+    "guidance_text": ({"guidance_scale": "high"}, "guidance_scale='high': expected a finite number"),
+    "guidance_nan": ({"guidance_scale": float("nan")}, "guidance_scale=nan: expected a finite number"),
+    "guidance_bool": ({"guidance_scale": True}, "guidance_scale=True: expected a finite number"),
+    "guidance_2": ({"guidance_scale_2": float("inf")}, "guidance_scale_2=inf: expected a finite number"),
+    "no_videos": ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0: expected a whole number"),
+    "no_text": ({"max_sequence_length": 0}, "max_sequence_length=0: expected a whole number"),
+    "prompt_number": ({"prompt": 3}, "prompt=3: expected a text, or a list of texts"),
+    "prompt_empty": ({"prompt": []}, r"prompt=\[\]: expected a text"),
+    "negative_number": ({"negative_prompt": ["a", 1]}, "negative_prompt=.*: expected a text, or a list of texts"),
+    "negative_count": ({"negative_prompt": ["a"]}, "negative_prompt: expected a list of 2, got one of 1"),
+    "generator_seed": ({"generator": 3}, "generator=3: expected a torch.Generator"),
+    "generator_count": ({"generator": generators()[:1]}, "generator: expected a list of 2, got one of 1"),
+    "latents_list": ({"latents": [1.0]}, "latents: expected a tensor of floating point, got list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_bad_values(case, monkeypatch):
+    pipe, call = make("wan_unipc")
+    monkeypatch.setattr(denoiser_of(pipe), "forward", None)  # none of it may get as far as sampling
+    wrong, message = BAD_VALUES[case]
+    with pytest.raises(UsageError, match=message):
+        rollout(pipe, **{**call, **wrong})
+
+
+def test_bad_values_of_other_pipelines():
+    for kind, wrong, message in (
+        ("svd", {"decode_chunk_size": -1}, "decode_chunk_size=-1: expected a whole number, 0 or more"),
+        ("svd", {"sigmas": [1.0, "x"]}, "sigmas=.*: expected a list of finite numbers"),
+        ("cogvideox", {"timesteps": [900, 100]}, "CogVideoXDDIMScheduler takes no timesteps"),
+        ("cogvideox", {"use_dynamic_cfg": 1}, "use_dynamic_cfg=1: expected True or False"),
+    ):
+        pipe, call = make(kind)
+        with pytest.raises(UsageError, match=message):
+            check_call(pipe, {**call, **wrong})
+
+
+def test_a_far_name_is_not_offered():
+    pipe, call = make("wan_unipc")
+    with pytest.raises(UsageError, match=r"takes no argument 'zzz'$"):
+        check_call(pipe, {**call, "zzz": 1})
+
+
+def test_arguments_that_the_caller_sets():
+    pipe, call = make("wan_unipc")
+    check_call(pipe, call)
+    with pytest.raises(UsageError, match="prompt is set for each video of a run"):
+        check_call(pipe, call, reserved=("prompt", "generator"))
+
+
+def test_policies_that_the_call_does_not_fit():
+    pipe, call = make("wan_unipc")
+    check_call(pipe, call, LastSteps(3))
+    check_call(pipe, {key: value for key, value in call.items() if key != "num_inference_steps"}, LastSteps(50))
+    for policy, changed, message in (
+        (LastSteps(4), {}, r"LastSteps\(.*\) asks for 4 steps, but the sampler takes 3; ask for at most"),
+        (RandomLast(4), {}, "asks for 4 steps"),
+        (Steps([3]), {}, "there is no step 3"),
+        (LowVariance(2), {"num_inference_steps": 1}, "repeats the last of several steps"),
+        (LastSteps(1, unconditional=False), {"guidance_scale": 1}, "guidance_scale=1 makes no unconditional"),
+        (3, {}, "steps=3: expected a policy"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_call(pipe, {**call, **changed}, policy)
+
+
+def test_steps_left_by_a_strength():
+    from diffusers import WanVideoToVideoPipeline
+
+    base, _ = make("wan_euler")
+    names = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    pipe = WanVideoToVideoPipeline(**{name: base.components[name] for name in names})
+    check_call(pipe, {"num_inference_steps": 5, "strength": 0.4}, LastSteps(2))
+    for strength, message in (
+        (0.4, "asks for 3 steps, but the sampler takes 2"),
+        (0.1, "strength=0.1 of num_inference_steps=5 leaves no step"),
+        (0, "strength=0: expected a number above 0, up to 1"),
+        (1.5, "strength=1.5: expected a number above 0, up to 1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_call(pipe, {"num_inference_steps": 5, "strength": strength}, LastSteps(3))
+
+
+def test_several_videos_of_a_prompt():
+    pipe, call = make("wan_euler")
+    call = {**call, "num_videos_per_prompt": 2}
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    frames = rollout(pipe, **call, generator=seeds)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    assert torch.equal(frames, pipe(**call, generator=seeds, output_type="pt").frames)
 
 
 @pytest.mark.parametrize(("kind", "counts"), [("wan_unipc", [1, 9]), ("cogvideox", [1, 9, 17])])
@@ -446,7 +542,7 @@ def test_frame_counts_of_pipelines_with_names_of_their_own(family, right, wrong,
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, True, "all"])
 def test_bad_policies(count):
-    with pytest.raises(UsageError, match="denoising steps, 1 or more"):
+    with pytest.raises(UsageError, match="whole number, 1 or more"):
         LastSteps(count)
 
 

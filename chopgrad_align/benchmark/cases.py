@@ -1,4 +1,4 @@
-"""What the benchmark is run on: a VAE, the latents of clips, and two losses on their pixels."""
+"""The cases of the benchmark: a VAE, the latents of clips, and two losses on their pixels."""
 
 from __future__ import annotations
 
@@ -157,12 +157,7 @@ def losses(target: Tensor) -> dict[str, FrameLoss]:
 def units_of(vae: nn.Module, latents: Tensor) -> list[Group]:
     """The latents and frames that belong together: the groups of a recurrence, otherwise one latent frame each."""
     decoder = decoder_of(vae, latents)
-    if isinstance(decoder, Decoder):
-        groups = decoder.groups(latents)
-        if decoder.recurrent:
-            return groups
-        frames = groups[-1].frames.stop
-    else:
-        frames = decoder.spans(latents)[-1].stop
-    count = latents.shape[2]
+    if isinstance(decoder, Decoder) and decoder.recurrent:
+        return decoder.groups(latents)
+    frames, count = decoder.spans(latents)[-1].stop, latents.shape[2]
     return [Group(slice(i, i + 1), slice(i * frames // count, (i + 1) * frames // count)) for i in range(count)]

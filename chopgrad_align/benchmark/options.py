@@ -25,8 +25,8 @@ def option_rows(vae: nn.Module, options: Sequence[str]) -> dict[str, Method]:
 
 
 def _row(changed: Any, option: str) -> tuple[str, Method]:
-    # The compiler cannot trace the convolutions that `lean` puts in place.
-    row = Row(Exact(checkpoint=False, lean=option != COMPILED))
+    # The compiler cannot trace the convolutions that are put in place.
+    row = Row(Exact(checkpoint=False, memory_efficient_layers=option != COMPILED))
 
     def method(vae: nn.Module, latents: Tensor, loss: FrameLoss) -> Tensor:
         return row(changed, latents.to(changed.dtype), loss).to(latents.dtype)

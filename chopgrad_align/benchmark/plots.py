@@ -25,7 +25,7 @@ def draw_memory(memory: dict[str, Any], path: Path) -> None:
     """Curve (a): one line a policy, against the number of frames."""
     figure = _figure(8.6, 4.6)
     axes = _axes(figure.subplots(), "Memory of decode and backward", "frames of the clip", "peak memory (MiB)")
-    drawn = [name for name in memory["peak_bytes"] if "lean=" not in name]  # the table has them all
+    drawn = [name for name in memory["peak_bytes"] if "memory_efficient_layers=" not in name]  # the table has them all
     names = sorted(drawn, key=lambda name: -(memory["peak_bytes"][name][-1] or np.inf))
     for name in names:
         number = [other for other in names if _colour(other) == _colour(name)].index(name)

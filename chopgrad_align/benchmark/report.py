@@ -157,7 +157,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def machine_name(machine: dict[str, Any]) -> str:
-    """As in a sentence: "2 cores of an AMD EPYC (threads: 2, torch 2.15.0)"."""
+    """The machine as a sentence names it: "2 cores of an AMD EPYC (threads: 2, torch 2.15.0)"."""
     device, cores = machine["device"], machine["cores"]
     article = "an" if device[0] in "AEIO" else "a"
     where = f"{article} {device}" if machine["cuda"] else f"{cores} cores of {article} {device}"

@@ -24,7 +24,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As in code, without what is left at its default."""
+        """The policy as code spells it, without what is left at its default."""
         arguments: list[str] = []
         for field in fields(self.policy):
             value = getattr(self.policy, field.name)
@@ -51,16 +51,18 @@ def loss_of(pixels: Tensor, loss: FrameLoss) -> Tensor:
     return loss(pixels, slice(0, pixels.shape[2]))
 
 
+_EACH = [(True, True), (True, False), (False, True), (False, False)]
+
 _ROWS = [
     Row(Full()),
-    *(Row(Exact(checkpoint=checkpoint, lean=lean)) for checkpoint in (True, False) for lean in (True, False)),
+    *(Row(Exact(checkpoint=again, memory_efficient_layers=layers)) for again, layers in _EACH),
     Row(Exact(checkpoint=True, rows=16)),
     Row(Exact(checkpoint=True, cache="host")),
     Row(Exact(checkpoint=True, cache="host", rows=16)),
     Row(Exact(checkpoint=False, cache="host")),
     Row(Exact(checkpoint=False, cache="recompute")),
     Row(Truncated(0)),
-    *(Row(Truncated(0, checkpoint=c, lean=lean), fused=True) for c in (True, False) for lean in (True, False)),
+    *(Row(Truncated(0, checkpoint=again, memory_efficient_layers=layers), fused=True) for again, layers in _EACH),
     Row(Truncated(1)),
     Row(Truncated(2)),
 ]

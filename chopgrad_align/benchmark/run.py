@@ -29,7 +29,7 @@ from .speed import measure_speed
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure, and how often. Names are those of the script's options."""
+    """Choice of what to measure, and how often. Names are those of the script's options."""
 
     vae: str
     """Folder, hub id or "embedded"."""
@@ -130,7 +130,7 @@ def _with_lora(settings: Settings, folder: str) -> tuple[Any, list[nn.Parameter]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

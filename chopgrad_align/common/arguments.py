@@ -19,7 +19,7 @@ def whole_number(argument: str, value: object, at_least: int = 1) -> int:
     return value
 
 
-def nearest(name: object, known: Iterable[str], kind: str = "the nearest is") -> str:
-    """The end of an error's sentence, `; the nearest is 'NAME'`; empty if no known name is near enough to be meant."""
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A hint for an error's sentence, `; did you mean 'NAME'?`; empty if no known name is near enough to be meant."""
     found = difflib.get_close_matches(str(name), list(known), 1)
-    return f"; {kind} {found[0]!r}" if found else ""
+    return f"; did you mean {found[0]!r}?" if found else ""

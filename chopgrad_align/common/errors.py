@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend."""
+"""The one kind of error that a user can correct."""
 
 import sys
 from collections.abc import Iterator

@@ -56,7 +56,7 @@ class OpticalFlow(nn.Module):
                 load_weights(self.raft, Path(weights).expanduser())
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Where each pixel of `first` lies in `second`: `(N, 3, H, W)` in [0, 1], twice -> `(N, 2, H, W)` in pixels.
+        """Flow `(N, 2, H, W)` in pixels from `first` to `second`, each `(N, 3, H, W)` in [0, 1].
 
         Channel 0 is the way to the right, channel 1 the way down.
         """

@@ -1,4 +1,4 @@
-"""Count the storage that is alive: what memory is asserted with, the same on every machine."""
+"""A count of the storage that is alive: the same on every machine, so that tests can assert memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _on_host = ContextVar("on_host", default=False)
 
 @contextmanager
 def on_host() -> Iterator[None]:
-    """What is allocated within the context lies in host memory, whatever its device says.
+    """Count what is allocated within the context as host memory, whatever its device says.
 
     Only the code that moves tensors can tell: without a GPU, the device of a simulated run is the CPU too.
     """
@@ -29,7 +29,7 @@ def on_host() -> Iterator[None]:
 
 
 class StorageCount(TorchDispatchMode):
-    """Within the context, counts bytes of the tensor storages that operations make, until they are freed.
+    """A context that counts bytes of the tensor storages that operations make, until they are freed.
 
     What existed before, such as weights and inputs, does not count, and neither does scratch memory inside a kernel.
     It counts real tensors and, under `torch._subclasses.FakeTensorMode`, the tensors that a model of any size would

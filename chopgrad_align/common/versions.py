@@ -1,4 +1,4 @@
-"""Whether a module is still what it was in the forward pass, when its backward pass runs it again."""
+"""Versions of a module's weights, to see in the backward pass whether it is what it was in the forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Versions = list[Any]
 
 
 def versions(module: nn.Module) -> Versions:
-    """Equal for two moments between which no weight or buffer changed, and no layer its mode (`train`, `eval`).
+    """A value that is equal at two moments if no weight or buffer changed between them, and no layer its mode.
 
     A change past autograd's sight, by `weight.data.copy_(...)`, goes unnoticed.
     """

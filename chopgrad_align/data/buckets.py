@@ -32,7 +32,7 @@ class Bucket:
 
     @property
     def arguments(self) -> dict[str, int]:
-        """Of a pipeline's call."""
+        """Arguments of a pipeline's call."""
         return {"num_frames": self.frames, "height": self.height, "width": self.width}
 
 

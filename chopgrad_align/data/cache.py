@@ -1,4 +1,4 @@
-"""What is expensive to compute and always the same, kept: latents of clips, embeddings of captions.
+"""A cache on disk of what is expensive to compute and always the same: latents of clips, embeddings of captions.
 
 The key is the content and the settings by which it is encoded, not a file name: another prompt, another crop or another
 checkpoint of the encoder is another entry, and nothing has to be invalidated.

@@ -124,7 +124,7 @@ class Clips:
 
     @property
     def captions(self) -> list[str]:
-        """Of each row."""
+        """Caption of each row."""
         return [entry.row.caption for entry in self._entries]
 
     def batch(self, step: int, size: int, seed: int) -> list[int]:

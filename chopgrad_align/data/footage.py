@@ -1,4 +1,4 @@
-"""What a clip is cut from: a video file, a folder of frames or a still, opened by one function and read lazily.
+"""The source that a clip is cut from: a video file, a folder of frames or a still, read lazily.
 
 Nothing of the pixels is kept: `Footage` holds what must be known to cut a clip (length, rate, size), and reads the
 frames that are asked for when they are asked for.
@@ -23,7 +23,7 @@ class Footage(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
 
     @property
     def height(self) -> int:
@@ -39,7 +39,7 @@ class Footage(Protocol):
 
     @property
     def seconds(self) -> float:
-        """From the first frame to the end of the last; infinite for a still."""
+        """Duration from the first frame to the end of the last; infinite for a still."""
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Tensor]:
         """The frame that is shown at each time: float32 `(3, height, width)` in [0, 1].

@@ -16,7 +16,7 @@ def mix(*numbers: int) -> int:
 
 
 def pick(count: int, *numbers: int) -> int:
-    """One of `count` things, by a seed of several numbers."""
+    """Draw one of `count` things by a seed of several numbers."""
     # The low bits of the hash follow a short cycle; a generator's do not.
     return int(torch.randint(count, (), generator=torch.Generator().manual_seed(mix(*numbers))))
 

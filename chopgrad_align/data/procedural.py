@@ -63,7 +63,7 @@ _OUTLINE = 0.035  # width of the dark rim, in units of half the frame: separates
 
 @dataclass(frozen=True)
 class Scene:
-    """One caption's worth of content."""
+    """The content of one caption."""
 
     colour: str
     shape: str
@@ -80,7 +80,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this caption belongs to the tenth that no model is trained on: a property of its text alone."""
+        """True for a caption of the tenth that no model is trained on: a property of its text alone."""
         return zlib.crc32(self.caption.encode()) % 10 == 0
 
 
@@ -132,7 +132,7 @@ def render(
 def layers(
     scene: Scene, seed: int, frames: int = 17, size: int = 64, only: slice = slice(None), spread: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `render` puts together.
+    """The layers that `render` puts together.
 
     Returns:
         The background and the painted shape, `(3, frames drawn, size, size)`, and how much of each pixel the shape

@@ -1,4 +1,4 @@
-"""Where the bytes of a video or picture are: a path, or a cell of a table that is fetched when it is needed."""
+"""The place of the bytes of a video or picture: a path, or a cell of a table that is fetched when it is needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM")
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of a data set: a caption, and a source for each role that the data set has.
+    """A sample of a data set: a caption, and a source for each role that the data set has.
 
     Roles: `target`, always; `degraded`, `mask` (white where something is to be made), `control`, `image`, or a name of
     the user's own.
@@ -47,7 +47,7 @@ def fetch(source: Source) -> Content | list[Content]:
 
 
 def is_still(content: Content) -> bool:
-    """Whether this is a picture: a path by its suffix, bytes by their first ones."""
+    """Tell whether this is a picture: a path by its suffix, bytes by their first ones."""
     if isinstance(content, Path):
         return content.suffix.lower() in STILL_SUFFIXES
     return content.startswith(_STILL_MAGIC) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")

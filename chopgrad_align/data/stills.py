@@ -42,7 +42,7 @@ class FrameFolder:
         return FrameFolder(source, name, background, height, width, fps, len(pictures) / fps)
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Tensor]:
-        """As `Footage.frames_at`."""
+        """See `Footage.frames_at`."""
         pictures = _pictures(self.source)
         for time in times:
             # A quarter of a frame of slack: n / fps * fps can come out below n.
@@ -54,7 +54,7 @@ class FrameFolder:
 
 @dataclass(frozen=True)
 class Still:
-    """One picture, shown for ever: a mask that does not move, or a reference image."""
+    """A picture, shown for ever: a mask that does not move, or a reference image."""
 
     source: Source
     name: str
@@ -70,7 +70,7 @@ class Still:
         return Still(source, name, background, height, width)
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Tensor]:
-        """As `Footage.frames_at`."""
+        """See `Footage.frames_at`."""
         frame = _read(_pictures(self.source)[0], self.name, self.background)
         for _ in times:
             yield frame

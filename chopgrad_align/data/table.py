@@ -13,12 +13,12 @@ from .videofolder import check_columns
 
 
 def is_saved_dataset(name: str) -> bool:
-    """Whether it is a folder that `save_to_disk` wrote."""
+    """Tell whether it is a folder that `save_to_disk` wrote."""
     return is_one_split(name) or (Path(name) / "dataset_dict.json").is_file()
 
 
 def is_one_split(name: str) -> bool:
-    """Whether it is a folder that `Dataset.save_to_disk` wrote: whatever split is asked for, it is all of the folder.
+    """Tell whether it is a folder of `Dataset.save_to_disk`: whatever split is asked for, it is all of the folder.
 
     (`DatasetDict.save_to_disk` writes several, by name.) Who reads two splits of one such folder reads the same twice.
     """

@@ -43,7 +43,7 @@ _UNCLEAR_SECONDS = 0.25  # containers round and guess their own length
 
 @dataclass(frozen=True)
 class VideoFile:
-    """What must be known of a video file to cut a clip from it."""
+    """An index of a video file, by which clips are cut from it."""
 
     source: Source
     name: str
@@ -78,7 +78,7 @@ class VideoFile:
             return VideoFile(source, name, background, height, width, float(rate), end - start, start)
 
     def frames_at(self, times: Sequence[float]) -> Iterator[Tensor]:
-        """As `Footage.frames_at`; decodes from the key frame before the first time to the last time."""
+        """See `Footage.frames_at`; decodes from the key frame before the first time to the last time."""
         # A quarter of a frame of slack: time stamps are rounded, to whole milliseconds in Matroska.
         slack = 0.25 / self.fps
         due = [self.start + time + slack for time in times]
@@ -230,7 +230,7 @@ def _decode(container: InputContainer, stream: av.VideoStream) -> Iterator[tuple
 def _decode_from(
     container: InputContainer, stream: av.VideoStream, time: float, start: float
 ) -> Iterator[tuple[float, av.VideoFrame]]:
-    """As `_decode`, from a frame that is not after `time`, or the very first."""
+    """Decode as `_decode` does, from a frame that is not after `time`, or the very first."""
     back = 0.0
     while True:
         target = max(time - back, start)
@@ -247,7 +247,7 @@ def _decode_from(
 
 
 def _end(container: InputContainer, stream: av.VideoStream) -> float | None:
-    """Where the last frame ends, in seconds, by the packets from the last key frame on; None if there are none."""
+    """The end of the last frame, in seconds, by the packets from the last key frame on; None if there are none."""
     if container.duration is not None:
         container.seek((container.start_time or 0) + container.duration)
     elif stream.start_time is not None:
@@ -257,7 +257,7 @@ def _end(container: InputContainer, stream: av.VideoStream) -> float | None:
 
 
 def _claimed_end(container: InputContainer, stream: av.VideoStream, name: str) -> float | None:
-    """Where the header says that the video ends, in seconds, if it does."""
+    """The end of the video, in seconds, by its header, if that says so."""
     if stream.duration is not None:
         return float(((stream.start_time or 0) + stream.duration) * _time_base(stream))
     if "DURATION" in stream.metadata:  # Matroska: hours:minutes:seconds

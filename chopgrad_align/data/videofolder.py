@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ..common.arguments import nearest
 from ..common.errors import UsageError
 from .prompts import _csv_rows, _json_rows
 from .source import STILL_SUFFIXES, Row
@@ -64,8 +64,7 @@ def check_columns(columns: Mapping[str, str] | None, there: list[str], where: st
         raise UsageError(f"columns: expected one for the role 'target', got {chosen}")
     for role, column in chosen.items():
         if column not in there:
-            nearest = difflib.get_close_matches(column, there, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            hint = nearest(column, there)
             raise UsageError(f"{where} has no column {column!r} for {role}{hint}. It has: {', '.join(there)}")
     return chosen
 

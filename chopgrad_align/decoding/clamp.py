@@ -1,4 +1,4 @@
-"""The clamp of pixels to their range, with the gradient that a policy asks for."""
+"""The clamp of pixels to their range, with a choice of its gradient."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backprop import Backprop
 from .decoders.base import Clamp
 
 
-def clamp_of(backprop: Backprop, low: float = -1.0, high: float = 1.0) -> Clamp:
-    """A clamp to [low, high] whose gradient at saturated pixels is that of `backprop.saturated`."""
-    if backprop.saturated == "zero":
-        return partial(torch.clamp, min=low, max=high)
-    return lambda x: _PassThrough.apply(x, low, high)
+def straight_through_clamp(low: float, high: float) -> Clamp:
+    """A clamp to [low, high] whose gradient is the identity, as if there were no clamp."""
+    return lambda x: _StraightThrough.apply(x, low, high)
+
+
+def plain_clamp(low: float, high: float) -> Clamp:
+    """A clamp to [low, high] with its own gradient, zero where it has an effect."""
+    return partial(torch.clamp, min=low, max=high)
 
 
 def denormalized(pixels: Tensor, clamp: Clamp) -> Tensor:
@@ -24,9 +26,7 @@ def denormalized(pixels: Tensor, clamp: Clamp) -> Tensor:
     return clamp(pixels * 0.5 + 0.5)
 
 
-class _PassThrough(torch.autograd.Function):
-    """Clamp whose gradient is the identity."""
-
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
         return torch.clamp(x, min=low, max=high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import UsageError
 from .backprop import Backprop, Exact, Truncated, expect_policy
-from .clamp import clamp_of
 from .decoders import decoder_of
-from .decoders.base import Decoder, Tiled
+from .decoders.base import Decoder, Group, Tiled
 from .recurrence import Recurrence
 
 FrameLoss = Callable[[Tensor, slice], Tensor]
@@ -36,9 +36,9 @@ def decode(
         vae: One of the known diffusers decoders (`chopgrad_align.decoding.decoders`).
         latents: As the VAE's own `decode` takes them: `(B, C, F', H', W')`, or for decoders of single frames also
             `(N, C, H', W')`.
-        backprop: `Exact()`, `Truncated(distance)` or `Full()`.
+        backprop: `Exact()`, `Truncated(distance)`, `Full()`, or a policy of your own (`chopgrad_align.Backprop`).
         frames: The pixel frames to return, in this order; default all. Groups that they do not need are not computed.
-        decode_kwargs: What the VAE's own `decode` takes beside latents, as `num_frames` of Stable Video Diffusion.
+        decode_kwargs: Further arguments of the VAE's own `decode`, as `num_frames` of Stable Video Diffusion.
 
     Returns:
         Pixels in the decoder's range, about [-1, 1], as the VAE lays them out: `(B, C, F, H, W)`, or `(N, C, H, W)` for
@@ -60,23 +60,33 @@ def _decode(
     decoder: Decoder | Tiled, latents: Tensor, backprop: Backprop, frames: slice | Sequence[int] | None
 ) -> Tensor:
     if isinstance(decoder, Tiled):
-        chosen = frames if decoder.framewise else None
-        tiles = [_decode(decoder.inner, tile, backprop, chosen) for tile in decoder.tiles(latents)]
-        pixels = decoder.join(tiles, latents, clamp_of(backprop))
-        if frames is None or decoder.framewise:
-            return pixels
-        return _select(pixels, decoder.time_axis, _frame_indices(frames, pixels.shape[decoder.time_axis]))
+        return _decode_tiles(decoder, latents, backprop, frames)
     groups = decoder.groups(latents)
     if frames is None:
-        return Recurrence(decoder, backprop, groups).run(decoder.prologue(latents))
+        recurrence = Recurrence(decoder, groups, backprop.clamp(), [True] * len(groups))
+        return backprop.run(recurrence, decoder.prologue(latents))
     wanted = _frame_indices(frames, groups[-1].frames.stop)
-    groups = [part for group in groups for part in decoder.parts(group)]
+    groups = _independent_frames(decoder, latents)
     indices = [range(group.frames.start, group.frames.stop) for group in groups]
     shown = [any(i in span for i in wanted) for span in indices]
     needed = len(shown) - shown[::-1].index(True)
-    pixels = Recurrence(decoder, backprop, groups[:needed], shown[:needed]).run(decoder.prologue(latents))
+    recurrence = Recurrence(decoder, groups[:needed], backprop.clamp(), shown[:needed])
+    pixels = backprop.run(recurrence, decoder.prologue(latents))
     made = [i for span, show in zip(indices, shown, strict=True) if show for i in span]
     return _select(pixels, decoder.time_axis, [made.index(i) for i in wanted])
+
+
+def _decode_tiles(decoder: Tiled, latents: Tensor, backprop: Backprop, frames: slice | Sequence[int] | None) -> Tensor:
+    chosen = frames if decoder.framewise else None
+    tiles = [_decode(decoder.inner, tile, backprop, chosen) for tile in decoder.tiles(latents)]
+    pixels = decoder.join(tiles, latents, backprop.clamp())
+    if frames is None or decoder.framewise:
+        return pixels
+    return _select(pixels, decoder.time_axis, _frame_indices(frames, pixels.shape[decoder.time_axis]))
+
+
+def _independent_frames(decoder: Decoder, latents: Tensor) -> list[Group]:
+    return [part for group in decoder.groups(latents) for part in decoder.independent_frames(group)]
 
 
 def _select(pixels: Tensor, axis: int, frames: list[int]) -> Tensor:
@@ -125,25 +135,26 @@ def decode_loss(
     """
     expect_policy("decode_loss", backprop)
     decoder = decoder_of(vae, latents, **decode_kwargs)
+    evaluate = partial(_checked_loss, frame_loss)
+    if isinstance(decoder, Tiled) or (decoder.sliced and len(latents) > 1):
+        pixels, spans = decode(vae, latents, backprop, **decode_kwargs), decoder.spans(latents)
+        pieces = pixels.split([span.stop - span.start for span in spans], decoder.time_axis)
+        losses = [checkpoint(evaluate, *piece, use_reentrant=False) for piece in zip(pieces, spans, strict=True)]
+        return torch.stack(losses).sum()
+    groups = _independent_frames(decoder, latents)
 
-    def evaluate(pixels: Tensor, frames: slice) -> Tensor:
-        loss = frame_loss(pixels, frames)
-        if not isinstance(loss, Tensor) or loss.shape != ():
-            came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise UsageError(f"decode_loss: frame_loss must return a scalar tensor, got {came}; sum over the batch")
-        if pixels.requires_grad and not loss.requires_grad:
-            raise UsageError("decode_loss: frame_loss returned a value that has no gradient to the pixels")
-        return loss
+    def group_loss(group: Group, pixels: Tensor) -> Tensor:
+        return evaluate(pixels, group.frames)
 
-    if isinstance(decoder, Tiled):
-        spans = decoder.spans(latents)
-    else:
-        groups = [part for group in decoder.groups(latents) for part in decoder.parts(group)]
-        if not decoder.sliced or len(latents) == 1:
-            recurrence = Recurrence(decoder, backprop, groups, readout=lambda g, pixels: evaluate(pixels, g.frames))
-            return recurrence.run(decoder.prologue(latents))
-        spans = [group.frames for group in groups]
-    pixels = decode(vae, latents, backprop, **decode_kwargs)
-    pieces = pixels.split([span.stop - span.start for span in spans], decoder.time_axis)
-    losses = [checkpoint(evaluate, *piece, use_reentrant=False) for piece in zip(pieces, spans, strict=True)]
-    return torch.stack(losses).sum()
+    recurrence = Recurrence(decoder, groups, backprop.clamp(), [True] * len(groups), group_loss)
+    return backprop.run(recurrence, decoder.prologue(latents))
+
+
+def _checked_loss(frame_loss: FrameLoss, pixels: Tensor, frames: slice) -> Tensor:
+    loss = frame_loss(pixels, frames)
+    if not isinstance(loss, Tensor) or loss.shape != ():
+        came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise UsageError(f"decode_loss: frame_loss must return a scalar tensor, got {came}; sum over the batch")
+    if pixels.requires_grad and not loss.requires_grad:
+        raise UsageError("decode_loss: frame_loss returned a value that has no gradient to the pixels")
+    return loss

@@ -1,4 +1,4 @@
-"""One block with a graph: run it, and pull cotangents back through it; whole, or a few rows at a time."""
+"""The vector-Jacobian product of one block: run it with a graph, whole or a few rows at a time."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from .decoders.base import Block, Cache, Hidden, Local
+from .decoders.base import Block, Cache, Hidden, SpatiallyLocalBlock
 
 Cotangents = list[Tensor | None]
-"""One a leaf of what they belong to; `None` where there is no tensor or no gradient. `[]` for none at all."""
-
+"""One cotangent per tensor leaf; `None` if there is none. `[]` for none at all."""
 
 Recording = Callable[[], AbstractContextManager[Any]]
-"""Makes the context in which a block is run with a graph."""
+"""A function that makes the context in which a block is run with a graph."""
 
 
 @dataclass(frozen=True)
-class Pulled:
-    """The gradient of a block: of its hidden state, of its cache, and of the weights."""
+class Gradients:
+    """The gradients of a block's hidden state, of its cache, and of the weights."""
 
     hidden: Cotangents
     cache: Cotangents
@@ -34,10 +33,10 @@ class Graph:
     """A block that was run with a graph, which ends where the block does.
 
     Args:
-        block: What is run.
-        hidden, cache: What it is given; detached here.
+        block: The block to run.
+        hidden, cache: Its arguments, detached here.
         recording: The context for the run.
-        through_hidden, through_cache: Whether a gradient is asked of them.
+        through_hidden, through_cache: True if their gradients are asked for.
     """
 
     def __init__(
@@ -62,79 +61,94 @@ class Graph:
 
     @property
     def after(self) -> Cache:
+        # Detached, because a cache that is kept must not keep this block's graph alive.
         return tree_map_only(Tensor, Tensor.detach, self._after)
 
-    def pull(self, output: Cotangents, after: Cotangents, weights: Sequence[Tensor], again: bool = False) -> Pulled:
-        """The gradient, given the cotangents of the output and of the cache after; `again` if there will be more."""
-        results = [*(self._output if output else ()), *(tree_flatten(self._after)[0] if after else ())]
+    def vjp(
+        self, output: Cotangents, after: Cotangents, weights: Sequence[Tensor], retain_graph: bool = False
+    ) -> Gradients:
+        """The gradients, given the cotangents of the output and of the cache after."""
+        results = [*(self._output if output else ()), *(tree_leaves(self._after) if after else ())]
         roots = [(r, c) for r, c in zip(results, [*output, *after], strict=True) if c is not None and r.requires_grad]
         inputs = [tensor for tensor in (*self._hidden, *self._cache) if tensor is not None and tensor.requires_grad]
         if not roots or not (inputs or weights):
-            return Pulled([], [], [])
+            return Gradients([], [], [])
         outputs, cotangents = zip(*roots, strict=True)
         grads = torch.autograd.grad(
             outputs,
             [*inputs, *weights],
             [c.to(o.dtype) for o, c in zip(outputs, cotangents, strict=True)],
-            retain_graph=again,
+            retain_graph=retain_graph,
             allow_unused=True,
         )
-        of = dict(zip(map(id, inputs), grads, strict=False))
-        hidden, cache = ([of.get(id(tensor)) for tensor in tensors] for tensors in (self._hidden, self._cache))
-        return Pulled(hidden, cache, list(grads[len(inputs) :]))
+        by_input = dict(zip(map(id, inputs), grads, strict=False))
+        hidden, cache = ([by_input.get(id(tensor)) for tensor in tensors] for tensors in (self._hidden, self._cache))
+        return Gradients(hidden, cache, list(grads[len(inputs) :]))
 
 
 class RowGraphs:
-    """A block that is local in space, run with a graph on a few rows after the other when it is pulled through.
+    """A block that is local in space, run with a graph on a few rows after the other when its `vjp` is taken.
 
     Rows at the edge of a piece see zeros where their neighbours are; these lie in the halo, whose cotangents are zero,
     so that the gradient is exact.
+
+    Args:
+        rows: The largest number of rows of the output that have a graph at a time, if the block's scale allows it.
+        prefetch: Called once, half-way.
     """
 
     def __init__(
         self,
-        block: Local,
+        block: SpatiallyLocalBlock,
+        rows: int,
         hidden: Hidden,
         cache: Cache,
         recording: Recording,
         through_cache: bool,
-        rows: int,
-        meanwhile: Callable[[], None],
+        prefetch: Callable[[], None],
     ) -> None:
-        self._block, self._hidden, self._cache = block, hidden, cache
-        self._recording, self._through_cache, self._meanwhile = recording, through_cache, meanwhile
+        self._block, self._x, self._cache = block, hidden[0], cache
+        self._recording, self._through_cache, self._prefetch = recording, through_cache, prefetch
         self._step = max(1, rows // block.scale)
 
-    def pull(self, output: Cotangents, after: Cotangents, weights: Sequence[Tensor], again: bool = False) -> Pulled:
-        block, (x, *_) = self._block, self._hidden
-        if not any(cotangent is not None for cotangent in (*output, *after)):
-            return Pulled([], [], [])
-        leaves = tree_flatten(self._cache)[0]
-        wants = [isinstance(leaf, Tensor) and self._through_cache for leaf in leaves]
-        total_x = torch.zeros_like(x)
-        total_cache = [torch.zeros_like(leaf) if w else None for leaf, w in zip(leaves, wants, strict=True)]
+    def vjp(
+        self, output: Cotangents, after: Cotangents, weights: Sequence[Tensor], retain_graph: bool = False
+    ) -> Gradients:
+        """The gradients, as `Graph.vjp` returns them; each piece runs again whether or not its graph is retained."""
+        if all(cotangent is None for cotangent in (*output, *after)):
+            return Gradients([], [], [])
+        height = self._x.shape[-2]
+        total_x = torch.zeros_like(self._x)
+        total_cache = [
+            torch.zeros_like(leaf) if isinstance(leaf, Tensor) and self._through_cache else None
+            for leaf in tree_leaves(self._cache)
+        ]
         total_weights: Cotangents = [None] * len(weights)
-        own = output[0] if output else None
-        for start in range(0, x.shape[-2], self._step):
-            stop = min(start + self._step, x.shape[-2])
-            first, last = max(0, start - block.halo), min(x.shape[-2], stop + block.halo)
-            inner = slice(start - first, stop - first)
-            given = _rows((x, self._cache), slice(first, last))
-            piece = Graph(
-                _cropped(block, inner), given[:1], given[1], self._recording, through_cache=self._through_cache
-            )
-            scaled = slice(start * block.scale, stop * block.scale)
-            pulled = piece.pull([_rows(own, scaled)], _rows(after, slice(start, stop)), weights)
-            for total, part in zip([total_x, *total_cache], [*pulled.hidden, *pulled.cache], strict=False):
-                if total is not None and part is not None:
-                    _rows(total, slice(first, last)).add_(part)
-            total_weights = [plus(a, b) for a, b in zip(total_weights, pulled.weights, strict=True)]
-            if start <= x.shape[-2] // 2 < stop:
-                self._meanwhile()
-        return Pulled([total_x, *output[1:]], total_cache, total_weights)
+        for start in range(0, height, self._step):
+            inner = slice(start, min(start + self._step, height))
+            outer = slice(max(0, inner.start - self._block.halo), min(height, inner.stop + self._block.halo))
+            part = self._vjp_of_rows(inner, outer, output, after, weights)
+            for total, grad in zip([total_x, *total_cache], [*part.hidden, *part.cache], strict=False):
+                if total is not None and grad is not None:
+                    _rows(total, outer).add_(grad)
+            total_weights = [plus(a, b) for a, b in zip(total_weights, part.weights, strict=True)]
+            if inner.start <= height // 2 < inner.stop:
+                self._prefetch()
+        return Gradients([total_x, *output[1:]], total_cache, total_weights)
+
+    def _vjp_of_rows(
+        self, inner: slice, outer: slice, output: Cotangents, after: Cotangents, weights: Sequence[Tensor]
+    ) -> Gradients:
+        """The gradients of the outer rows, given the cotangents of the inner ones."""
+        scale = self._block.scale
+        x, cache = _rows((self._x, self._cache), outer)
+        cropped = _cropped(self._block, slice(inner.start - outer.start, inner.stop - outer.start))
+        graph = Graph(cropped, (x,), cache, self._recording, through_cache=self._through_cache)
+        of_output = _rows(output[:1] or [None], slice(inner.start * scale, inner.stop * scale))
+        return graph.vjp(of_output, _rows(after, inner), weights)
 
 
-def _cropped(block: Local, inner: slice) -> Block:
+def _cropped(block: SpatiallyLocalBlock, inner: slice) -> Block:
     """The block without the halo of its output and of its cache."""
     scaled = slice(inner.start * block.scale, inner.stop * block.scale)
 
@@ -156,5 +170,5 @@ def _leaf(tensor: Tensor, needs_gradient: bool) -> Tensor:
 
 
 def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, of which none is zero."""
+    """Sum of two gradients, where `None` means zero."""
     return part if total is None else total if part is None else total + part

@@ -1,7 +1,7 @@
-"""Where tensors wait between their uses: beside the model, or in host memory.
+"""Places for tensors between their uses: beside the model, or in host memory.
 
-What a place holds goes in and comes out as any nesting of lists, tuples and dicts with tensors as leaves. On CUDA the
-copies run on a stream of their own, through pinned memory, so that they hide behind the compute of other blocks.
+A place takes and returns any nesting of lists, tuples and dicts with tensors as leaves. On CUDA the copies run on a
+stream of their own, through pinned memory, so that they hide behind the compute of other blocks.
 """
 
 from __future__ import annotations
@@ -20,97 +20,99 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..common.storage_count import on_host
 
 _SMALLEST_PIECE = 2**20
-"""Bytes of pinned memory; what is rounded up is less than this for each tensor."""
+"""Bytes of pinned memory up to which a tensor's last piece may have any size; torch rounds up less than this."""
 
 
 class Place(ABC):
-    @abstractmethod
-    def put(self, values: Any) -> Any:
-        """Put values away; returns what `get` takes. The caller lets go of its own references."""
+    """A place for the caches, inputs and cotangents of blocks until they are needed again."""
 
     @abstractmethod
-    def fetch(self, *stored: Any) -> None:
-        """Begin to bring values back that `get` will be asked for next."""
+    def offload(self, values: Any) -> Any:
+        """Begin to put values away, and return what `load` takes. The caller lets go of its own references."""
 
     @abstractmethod
-    def get(self, stored: Any) -> Any:
-        """The values; they may be asked for again."""
+    def prefetch(self, *stored: Any) -> None:
+        """Begin to bring values back that `load` will be asked for next; `None` among them is passed over."""
 
     @abstractmethod
-    def settle(self) -> None:
-        """Wait until all that was put away is there."""
+    def load(self, stored: Any) -> Any:
+        """Return the values, `None` for `None`; they may be loaded again."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all that was offloaded has arrived, and let go of it here."""
 
 
 class Device(Place):
-    """Beside the model: nothing moves."""
+    """Device memory, beside the model: nothing moves."""
 
-    def put(self, values: Any) -> Any:
+    def offload(self, values: Any) -> Any:
         return values
 
-    def fetch(self, *stored: Any) -> None:
+    def prefetch(self, *stored: Any) -> None:
         pass
 
-    def get(self, stored: Any) -> Any:
+    def load(self, stored: Any) -> Any:
         return stored
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         pass
 
 
 class Host(Place):
-    """In host memory; without CUDA this copies and holds in the same order, so that it counts and tests the same."""
+    """Host memory; without CUDA this copies and holds in the same order, so that it counts and tests the same."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = _stream_of_copies(device) if device.type == "cuda" else None
-        self._leaving: tuple[Any, list[Tensor]] | None = None
-        self._fetched: dict[_Stored, tuple[list[Any], Any]] = {}
+        self._in_transit: tuple[Any, list[Tensor]] | None = None
+        self._prefetched: dict[_Stored, tuple[list[Any], Any]] = {}
 
-    def put(self, values: Any) -> Any:
+    def offload(self, values: Any) -> Any:
         leaves, structure = tree_flatten(values)
         tensors = [_dense(leaf.detach()) for leaf in leaves if isinstance(leaf, Tensor)]
         hosts = [_OnHost(tensor, pinned=self._stream is not None) for tensor in tensors]
-        with self._beside():
+        with self._on_stream_of_copies():
             for host, tensor in zip(hosts, tensors, strict=True):
                 for piece, part in host.pieces_of(tensor):
                     piece.copy_(part, non_blocking=self._stream is not None)
         copied = None if self._stream is None else self._stream.record_event()
         # Held until they are copied; and the CPU waits for those before, or it would run ahead and nothing be freed.
-        self.settle()
-        self._leaving = copied, tensors
+        self.synchronize()
+        self._in_transit = copied, tensors
         in_order = iter(hosts)
         return _Stored([next(in_order) if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
-    def fetch(self, *stored: Any) -> None:
+    def prefetch(self, *stored: Any) -> None:
         for one in stored:
-            if one is None or one in self._fetched:
+            if one is None or one in self._prefetched:
                 continue
             # Memory of the stream that computes: the other one would keep what is freed for itself.
             leaves = [leaf.empty(self._device) if isinstance(leaf, _OnHost) else leaf for leaf in one.leaves]
-            with self._beside():
+            with self._on_stream_of_copies():
                 for host, leaf in zip(one.leaves, leaves, strict=True):
                     if isinstance(host, _OnHost):
                         for piece, part in host.pieces_of(leaf):
                             part.copy_(piece, non_blocking=self._stream is not None)
-            self._fetched[one] = leaves, None if self._stream is None else self._stream.record_event()
+            self._prefetched[one] = leaves, None if self._stream is None else self._stream.record_event()
 
-    def get(self, stored: Any) -> Any:
+    def load(self, stored: Any) -> Any:
         if stored is None:
             return None
-        self.fetch(stored)
-        leaves, arrived = self._fetched.pop(stored)
+        self.prefetch(stored)
+        leaves, arrived = self._prefetched.pop(stored)
         if arrived is not None:
             torch.cuda.current_stream(self._device).wait_event(arrived)
         return tree_unflatten(leaves, stored.structure)
 
-    def settle(self) -> None:
-        if self._leaving is not None and (copied := self._leaving[0]) is not None:
+    def synchronize(self) -> None:
+        if self._in_transit is not None and (copied := self._in_transit[0]) is not None:
             copied.synchronize()
-        self._leaving = None
+        self._in_transit = None
 
     @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On the stream of copies, after what has been computed so far."""
+    def _on_stream_of_copies(self) -> Iterator[None]:
+        """Run the context's copies after what has been computed so far, beside what will be computed next."""
         if self._stream is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Decode the frames alone that some reward reads."""
+"""Decode only the frames that some reward reads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from .backprop import Backprop
 from .decode import decode
 from .decoders import decoder_of
-from .decoders.base import Tiled
 
 
-def decode_read(
+def decode_selected_frames(
     vae: nn.Module,
     latents: Tensor,
     backprop: Backprop,
@@ -29,13 +28,12 @@ def decode_read(
 
     Args:
         vae, latents, backprop, decode_kwargs: As for `decode`.
-        read: From the number of frames to those that are read, in order.
-        expected: How many the pipeline was asked for. Where one call of the decoder makes another number (a chunk of
-            the video, or frames that are cut off later), all are decoded.
+        read: `f(number of frames) -> frames`: those that are read, in order.
+        expected: The number of frames that the pipeline was asked for. Where one call of the decoder makes another
+            number (a chunk of the video, or frames that are cut off later), all are decoded.
     """
     decoder = decoder_of(vae, latents, **decode_kwargs)
-    spans = decoder.spans(latents) if isinstance(decoder, Tiled) else [g.frames for g in decoder.groups(latents)]
-    total = spans[-1].stop
+    total = decoder.spans(latents)[-1].stop
     frames = read(total)
     if latents.ndim == 4 or total != expected or len(frames) == total:
         return decode(vae, latents, backprop, **decode_kwargs)

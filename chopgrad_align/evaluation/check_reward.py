@@ -207,7 +207,7 @@ def _numbers(values: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Use:
-    """What scoring a clip and its gradient take, beside weights."""
+    """Time and memory of scoring a clip with its gradient, beside weights."""
 
     seconds: float
     peak: float  # bytes

@@ -140,7 +140,7 @@ def compare(
 
 
 class _Figures:
-    """What is known of every method: values of each clip, and the features of sets."""
+    """Results of every method: values of each clip, and the features of sets."""
 
     def __init__(self, methods: Iterable[str], metrics: Mapping[str, Metric | SetMetric]) -> None:
         self.of_clips = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}

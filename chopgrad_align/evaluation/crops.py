@@ -1,4 +1,4 @@
-"""Where a method is better than another and where it is worse: square parts of frames, found by their error."""
+"""Crops in which a method is better or worse than another: square parts of frames, found by their error."""
 
 from __future__ import annotations
 

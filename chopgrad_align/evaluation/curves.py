@@ -48,7 +48,7 @@ def read_metrics(run: str | Path) -> tuple[Series, Series]:
             (held_out if any(key.startswith("heldout/") for key in row) else training)[int(row["step"])] = row
         except (ValueError, TypeError, KeyError) as error:
             raise UsageError(
-                f"{path}, line {number}: expected a JSON object with a `step`; mend or delete it"
+                f"{path}, line {number}: expected a JSON object with a `step`; correct or delete it"
             ) from error
     return _columns(training), _columns(held_out)
 

@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """What is printed: one row a method, one column a metric."""
+    """A table with a row for each method and a column for each metric."""
 
     metrics: list[str]
     """With an arrow in the direction that is better."""
@@ -74,7 +74,7 @@ class Table:
     notes: list[str]
 
     def markdown(self) -> str:
-        """As a page of Markdown."""
+        """The table in Markdown."""
         lines = [f"Mean ± standard error over {self.clips} clips; the best in bold.", ""]
         lines += _markdown("method", self.metrics, self.rows)
         if self.differences:

@@ -15,7 +15,7 @@ from ..common.errors import UsageError
 
 @dataclass(frozen=True)
 class Paired:
-    """What `paired` found; means and standard errors are of the conditions, each the mean of its pairs.
+    """The result of `paired`; means and standard errors are of the conditions, each the mean of its pairs.
 
     A standard error is the sample standard deviation divided by √count.
     """
@@ -25,14 +25,20 @@ class Paired:
     mean_after: float
     stderr_after: float
     gain: float  # mean of after - before
+    margin: float  # gain ± margin is its 95 % confidence interval, of Student's t
     gain_in_stds: float  # gain, in sample standard deviations of the scores before, of all pairs
     p_value: float  # two-sided paired t-test
     count: int  # of pairs
     conditions: int
 
     @property
+    def ratio(self) -> float:
+        """Mean after relative to the mean before; NaN if that is not positive."""
+        return self.mean_after / self.mean_before if self.mean_before > 0 else math.nan
+
+    @property
     def sample(self) -> str:
-        """What the test counts."""
+        """The units that the test counts."""
         if self.conditions == self.count:
             return f"{self.count}"
         if self.conditions == 1:
@@ -85,6 +91,7 @@ def paired(before: Sequence[float], after: Sequence[float], conditions: Sequence
         mean_after=fmean(each_after),
         stderr_after=stdev(each_after) / root,
         gain=gain,
+        margin=_t_quantile(len(difference) - 1) * stdev(difference) / root,
         gain_in_stds=_ratio(gain, stdev(before)),
         p_value=_t_test_p(_ratio(gain, stdev(difference) / root), len(difference) - 1),
         count=len(before),
@@ -92,8 +99,18 @@ def paired(before: Sequence[float], after: Sequence[float], conditions: Sequence
     )
 
 
+def paired_where_finite(
+    before: Sequence[float], after: Sequence[float], conditions: Sequence[Hashable]
+) -> Paired | None:
+    """`paired` over the pairs whose scores are both finite; None if there are fewer than two."""
+    finite = [i for i, scores in enumerate(zip(before, after, strict=True)) if all(map(math.isfinite, scores))]
+    if len(finite) < 2:
+        return None
+    return paired([before[i] for i in finite], [after[i] for i in finite], [conditions[i] for i in finite])
+
+
 def _means(scores: Sequence[float], units: Sequence[Hashable]) -> list[float]:
-    """Of each unit, in the order of their first scores."""
+    """Mean score of each unit, in the order of their first scores."""
     of: dict[Hashable, list[float]] = {}
     for unit, score in zip(units, scores, strict=True):
         of.setdefault(unit, []).append(score)
@@ -118,6 +135,16 @@ def _t_test_p(t: float, freedom: int) -> float:
     tail = half * float(weights @ np.cos(start + half * (1 + nodes)) ** (freedom - 1))
     whole = math.sqrt(math.pi) / 2 * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
     return min(1.0, tail / whole)
+
+
+@functools.cache
+def _t_quantile(freedom: int, p: float = 0.05) -> float:
+    """The t for which P(|T| > t) = p; by bisection of the angle θ, T = √freedom · tan θ."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_test_p(math.sqrt(freedom) * math.tan(middle), freedom) > p else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 @functools.cache

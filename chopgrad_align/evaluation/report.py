@@ -71,9 +71,9 @@ def _read_json(path: Path, kind: type) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); mend or delete it") from error
+        raise UsageError(f"{path} is not JSON ({error}); correct or delete it") from error
     if not isinstance(content, kind):
-        raise UsageError(f"expected a JSON {kind.__name__} in {path}, got {content!r:.40}; mend or delete it")
+        raise UsageError(f"expected a JSON {kind.__name__} in {path}, got {content!r:.40}; correct or delete it")
     return content
 
 

@@ -1,4 +1,4 @@
-"""What a run needs of a card, before there is one: a training step of the real code, under fake tensors.
+"""The memory that a run needs, before there is a card: a training step of the real code, under fake tensors.
 
 `simulate.simulate` gives the memory of each phase of a config's step; `make_plan` finds the fastest setting that fits.
 """

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import yaml
 
 from ..training.config import Config, load_config, to_yaml
-from ..training.methods.streaming import one_pass
 from .simulate import Figures, simulate
 
 Setting = dict[str, Any]
@@ -69,7 +68,7 @@ PHASES = (
 
 
 def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
-    """The levers of a run, the dearer in time before the cheaper.
+    """The levers of a run, in decreasing order of time.
 
     Args:
         chunks: Of the rewards and losses that look at frames alone, by their place in the config: how many at a time.
@@ -87,7 +86,7 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
     smaller = [n for n in (4, 2, 1) if any(n < size for size in chunks.values())]
     rungs = [{f"{place}.args.frames_per_chunk": min(n, size) for place, size in chunks.items()} for n in smaller]
     streamed = (
-        ("decoding",) if one_pass(config.gradient.policy()) else ()
+        ("decoding",) if config.gradient.policy().one_pass else ()
     )  # losses of single frames are then taken there
     return [*found, Lever((*streamed, "reward", "reward backward"), [{}, *rungs])]
 

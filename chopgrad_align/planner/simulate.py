@@ -19,19 +19,18 @@ from torch import Tensor, nn
 from ..common.errors import UsageError
 from ..common.storage_count import StorageCount
 from ..decoding.backprop import Backprop
-from ..decoding.selected_frames import decode_read
+from ..decoding.selected_frames import decode_selected_frames
 from ..objective.losses.protocol import FrameLoss
-from ..objective.objective import LossTerm, Objective, Statistics, Term
+from ..objective.objective import Objective
 from ..objective.reward import FrameReward
-from ..sampling.rollout import check_call
-from ..sampling.steps import LastSteps
+from ..objective.statistics import Statistics
+from ..training.build import Models, load_models, make_method
 from ..training.config import Clips, Config
 from ..training.data import buckets
 from ..training.encoded_prompts import release_text_encoders, text_encoders
-from ..training.lora import add_lora, lora_config, lora_parameters
-from ..training.methods.direct import MicroBatch, Trainee
+from ..training.methods.protocol import MicroBatch
 from ..training.methods.streaming import can_stream
-from ..training.models import check_prediction, load_objective, load_pipeline
+from ..training.optimizers import make_optimizer
 from .stand_ins import known_models, write_hub, write_pipeline
 from .weightless import Simulation, make_weightless, simulated, weightless
 
@@ -49,7 +48,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one training step.
+    """Memory of one training step.
 
     Attributes:
         resident: Bytes that stay on the device, by what they are: the components of the pipeline with the LoRA, the
@@ -72,7 +71,7 @@ class Figures:
 
     @property
     def complete(self) -> bool:
-        """Whether all phases are there."""
+        """True if all phases are there."""
         return "optimizer" in self.phases
 
     @property
@@ -86,7 +85,7 @@ class TooLarge(Exception):
 
 
 class PhasePeaks:
-    """The peaks of named phases, for `Trainee.phases`.
+    """The peaks of named phases, for `DirectGradient.phases`.
 
     A phase inside another counts for the inner one alone, and so does what the outer one does after it, because the
     inner one's tensors are still there.
@@ -119,7 +118,7 @@ class PhasePeaks:
         self._check(ended)
 
     def turn(self, name: str) -> None:
-        """From here on, the innermost phase has another name."""
+        """Give the innermost phase another name from here on."""
         self._measure()
         self._check(self._open[-1])
         self._open[-1] = name
@@ -170,8 +169,8 @@ def simulate(config: Config, limit: float = math.inf) -> Figures:
             # Fused LoRAs change no shape.
             config = replace(config, model=replace(config.model, name=name, loras={}))  # type: ignore[type-var]
             loaded = load(config, mode)
-            make_weightless(mode, loaded.objective)
-            with simulated(mode, loaded.pipe.scheduler), _refusals(loaded.pipe):
+            make_weightless(mode, loaded.models.objective)
+            with simulated(mode, loaded.models.pipe.scheduler), _refusals(loaded.models.pipe):
                 return one_step(config, loaded, limit)
 
 
@@ -200,37 +199,27 @@ class Loaded:
         encoders: Bytes of the text encoders that were let go after prompts had been encoded.
     """
 
-    pipe: Any
-    objective: Objective
-    parameters: list[nn.Parameter]
+    models: Models
     batch: MicroBatch
     encoders: int
 
 
-def load(config: Config, new_weights: AbstractContextManager[Any]) -> Loaded:
+def load(config: Config, new_weights: AbstractContextManager[Any] | None = None) -> Loaded:
     """Load what a run trains with, as the trainer does; `new_weights` is the context in which its LoRA is made."""
-    pipe = load_pipeline(config.model)
-    check_prediction(pipe, config)
-    shape = _shape(config)
-    check_call(pipe, {**config.model.call, **shape, **config.prediction.columns})
-    objective = _objective(config)
-    adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
-    with new_weights:
-        denoisers = add_lora(pipe, adapter)
-    for denoiser in denoisers.values():
-        denoiser.train(config.lora.dropout > 0)
-        if config.model.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-    batch, encoders = micro_batch(config, pipe, objective), 0
+    with _shapes_of_default_checkpoints_only():
+        models = load_models(config, torch.device("cpu"), [{**config.model.call, **_shape(config)}], new_weights)
+    models.trainable.train()
+    batch, encoders = micro_batch(config, models.pipe, models.objective), 0
     if config.model.encode_prompts_once:
-        encoders = sum(map(_bytes, text_encoders(pipe).values()))
-        release_text_encoders(pipe)
-    return Loaded(pipe, objective, lora_parameters(denoisers), batch, encoders)
+        encoders = sum(map(_bytes, text_encoders(models.pipe).values()))
+        release_text_encoders(models.pipe)
+    return Loaded(models, batch, encoders)
 
 
-def _objective(config: Config) -> Objective:
+@contextmanager
+def _shapes_of_default_checkpoints_only() -> Iterator[None]:
     try:
-        return load_objective(config.rewards, torch.device("cpu"), config.losses)
+        yield
     except UsageError as error:
         if isinstance(error.__cause__, OSError):  # a file that is not there, or not on the hub
             raise UsageError(
@@ -245,20 +234,18 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
 
     The weights, real or fake, were made before, and are added.
     """
-    terms = {
-        (term.kind, name): getattr(term, term.kind)
-        for name, term in loaded.objective.terms.items()
-        if isinstance(term, Term | LossTerm)
-    }
+    models = loaded.models
+    terms = {(term.kind, name): term.module for name, term in models.objective.terms.items()}
+    parameters = models.trainable.parameters
     of_terms = _sizes({" ".join(key): part for key, part in terms.items()})
-    resident = _sizes(loaded.pipe.components) | of_terms
+    resident = _sizes(models.pipe.components) | of_terms
     if loaded.batch.videos:
         resident["clips"] = sum(video.untyped_storage().nbytes() for video in loaded.batch.videos.values())
     weights = sum(resident.values())
     train, backprop = config.train, config.gradient.policy()
     with StorageCount() as count:
-        optimizer = torch.optim.AdamW(loaded.parameters, lr=train.learning_rate, betas=train.betas)
-        for parameter in loaded.parameters:
+        optimizer = make_optimizer(parameters, train)
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         if train.batch_size == train.micro_batch:
@@ -266,26 +253,22 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
         resident["optimizer"] = count.now
 
         # Nothing else is pulled back there if the losses were, while decoding, or if nothing is decoded.
-        straight = can_stream(loaded.objective, backprop) or not loaded.objective.reads_pixels
+        straight = can_stream(models.objective, backprop) or not models.objective.reads_pixels
         peaks = PhasePeaks(count, weights, limit, "denoiser backward" if straight else "reward backward")
         if loaded.encoders:  # when the rest of the pipeline is not yet on the device
             peaks.peaks["encoding prompts"] = Memory(loaded.encoders + sum(of_terms.values()), 0)
-        trainee = Trainee(
-            pipe=loaded.pipe,
-            call={**config.model.call, "num_inference_steps": config.gradient.last_steps + 1},
-            objective=loaded.objective,
-            steps=LastSteps(config.gradient.last_steps),
-            backprop=backprop,
-            batch_size=train.batch_size,
-            phases=peaks,
+        method = make_method(
+            config,
+            models,
+            peaks,
+            call={**config.model.call, **_steps(config)},
             decode=_marking_the_backward_pass(peaks),
-            prediction=config.prediction.policy(),
         )
-        statistics = {name: Statistics(0.0, 1.0, 1.0) for name in loaded.objective.terms}
+        statistics = {name: Statistics(0.0, 1.0, 1.0) for name in models.objective.terms}
         with suppress(TooLarge):
-            trainee.accumulate(loaded.batch, statistics)
+            method.accumulate(loaded.batch, statistics)
             with peaks("optimizer"):
-                nn.utils.clip_grad_norm_(loaded.parameters, train.max_grad_norm)
+                nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     chunks = {
@@ -309,7 +292,7 @@ def _marking_the_backward_pass(peaks: PhasePeaks) -> Callable[..., Tensor]:
     """Decode so that the backward pass says, as it reaches pixels and latents, what it goes through next."""
 
     def decode(vae: nn.Module, latents: Tensor, backprop: Backprop, **kwargs: Any) -> Tensor:
-        pixels = decode_read(vae, latents, backprop, **kwargs)
+        pixels = decode_selected_frames(vae, latents, backprop, **kwargs)
         latents.register_hook(lambda gradient: peaks.turn("denoiser backward"))
         pixels.register_hook(lambda gradient: peaks.turn("decoder backward"))
         return pixels
@@ -330,8 +313,15 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     )
 
 
+def _steps(config: Config) -> dict[str, int]:
+    """Sampling steps to simulate: one more than carry gradient, if those are the last ones; otherwise all."""
+    if config.gradient.steps is None:
+        return {"num_inference_steps": (config.gradient.last_steps or 1) + 1}
+    return {}
+
+
 def _shape(config: Config) -> dict[str, int]:
-    """Of the pipeline's call, for clips of the largest bucket; empty for prompts."""
+    """Frames and size in the pipeline's call, for clips of the largest bucket; empty for prompts."""
     if config.data.clips is None:
         return {}
     return max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width).arguments
@@ -357,7 +347,7 @@ def _videos(config: Config, clips: Clips, frames: int, height: int, width: int) 
 
 
 def _inputs(pipe: Any, call: dict[str, Any], size: int) -> dict[str, Any]:
-    """What stands for prompts and images: embeddings of the shapes that the pipeline's own encoders give."""
+    """Stand-ins for prompts and images: embeddings of the shapes that the pipeline's own encoders give."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     generators = [torch.Generator().manual_seed(seed) for seed in range(size)]
     inputs: dict[str, Any] = {"generator": generators if size > 1 else generators[0]}  # as of a run's batches
@@ -410,6 +400,6 @@ def _text_length(pipe: Any, call: dict[str, Any]) -> int:
 
 
 def _default(function: Callable[..., Any], name: str) -> Any:
-    """Of an argument; None if it has none, or there is no such argument."""
+    """Default of an argument; None if it has none, or there is no such argument."""
     parameter = inspect.signature(function).parameters.get(name)
     return None if parameter is None or parameter.default is parameter.empty else parameter.default

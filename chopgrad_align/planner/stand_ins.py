@@ -1,4 +1,4 @@
-"""What a run loads, as folders and a hub cache that hold configurations and no weights."""
+"""Folders and a hub cache that stand in for what a run loads: configurations without weights."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ..data.clips import Clip, Clips
 from ..data.order import mix
 from ..data.prompts import Condition
 from ..objective.objective import Objective
-from .methods.direct import MicroBatch
+from .methods.protocol import MicroBatch
 
 _HELD_OUT = 1_000_000_000  # far from the seeds of training
 
@@ -50,6 +50,7 @@ class PromptBatches:
         held_out: What to measure with; in turn, each time with another seed.
         batch_size: Over all processes.
         seed: Of the run.
+        seeds: Held-out pairs of a condition that come one after the other.
     """
 
     def __init__(
@@ -60,19 +61,21 @@ class PromptBatches:
         held_out: Sequence[Condition],
         batch_size: int,
         seed: int,
+        seeds: int = 1,
     ) -> None:
         self._pipe, self._terms, self._batch_size, self._seed = pipe, list(objective.terms), batch_size, seed
-        self._training, self._held_out = training, held_out
+        self._training, self._held_out, self._seeds = training, held_out, seeds
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         chosen = _choose(len(self._training), self._batch_size, self._seed, step)
         conditions = [self._training[chosen[i]] for i in places]
         seeds = [mix(self._seed, step, i, 1) for i in places]
-        return self._made(conditions, seeds, [mix(self._seed, step, i, 2) for i in places])
+        made = self._made(conditions, seeds, [mix(self._seed, step, i, 2) for i in places])
+        return dataclasses.replace(made, steps_seed=_steps_seed(self._seed, step))
 
     def held_out(self, places: range) -> MicroBatch:
         seeds = [held_out_seed(i) for i in places]
-        return self._made([self._held_out[i % len(self._held_out)] for i in places], seeds, seeds)
+        return self._made([self._held_out[i // self._seeds % len(self._held_out)] for i in places], seeds, seeds)
 
     def prompts(self, steps: int) -> list[str]:
         read = min(steps * self._batch_size, len(self._training))
@@ -101,21 +104,31 @@ class ClipBatches:
         batch_size: Over all processes.
         seed: Of the run.
         caption: Instead of each clip's own.
+        seeds: Held-out pairs of a clip that come one after the other.
     """
 
     def __init__(
-        self, pipe: Any, training: Clips, held_out: Clips, batch_size: int, seed: int, caption: str | None = None
+        self,
+        pipe: Any,
+        training: Clips,
+        held_out: Clips,
+        batch_size: int,
+        seed: int,
+        caption: str | None = None,
+        seeds: int = 1,
     ) -> None:
+        self._seeds = seeds
         self._pipe, self._batch_size, self._seed, self._caption = pipe, batch_size, seed, caption
         self._training, self._held_out, self._captions = training, held_out, training.captions
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         chosen = self._training.batch(step, self._batch_size, self._seed)
         clips = [self._clip(chosen[i], step, i) for i in places]
-        return self._made(clips, [mix(self._seed, step, i, 1) for i in places])
+        made = self._made(clips, [mix(self._seed, step, i, 1) for i in places])
+        return dataclasses.replace(made, steps_seed=_steps_seed(self._seed, step))
 
     def held_out(self, places: range) -> MicroBatch:
-        clips = [held_out_clip(self._held_out, i) for i in places]
+        clips = [held_out_clip(self._held_out, i // self._seeds) for i in places]
         return on_device(self._made(clips, [held_out_seed(i) for i in places]), self._pipe.device)
 
     def prompts(self, steps: int) -> list[str]:
@@ -183,6 +196,11 @@ def call_inputs(pipe: Any, prompts: list[str], seeds: Sequence[int]) -> dict[str
     if "prompt" in inspect.signature(type(pipe).__call__).parameters:
         inputs["prompt"] = prompts if len(prompts) > 1 else prompts[0]
     return inputs
+
+
+def _steps_seed(seed: int, step: int) -> int:
+    """The seed of what a sampling policy draws for a step: the same for all of its batch, whoever works on it."""
+    return mix(seed, step, 0, 3)
 
 
 def _choose(count: int, batch: int, seed: int, step: int) -> list[int]:

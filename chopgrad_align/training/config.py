@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,10 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from ..common.arguments import nearest
 from ..common.errors import UsageError
-from ..decoding.backprop import Backprop, Exact, Full, Truncated
+from ..common.loading import construct, unknown_name
+from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
+from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..sampling import predictions as prediction
 from ..sampling.predictions.latents import Encoder
+from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -153,6 +156,39 @@ class Reward:
 
 
 @_strict
+class Witness:
+    name: str
+    """A published reward, or a reward or `evaluation.witnesses.Witness` of your own: package.module:Class, or
+    path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of its class."""
+
+
+@_strict
+class Guard:
+    bounds: dict[str, PositiveFloat | tuple[NonNegativeFloat, PositiveFloat] | None] = field(default_factory=dict)
+    """Of a witness's mean relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it, [0.7, 1.4]
+    both, null none. Witnesses that are not named keep their own bounds."""
+    patience: Positive | None = None
+    """Held-out measurements in a row without a better objective; default: any number."""
+    on_breach: Literal["warn", "stop", "back"] = "warn"
+    """Say it; or end the training too; or, back, export the best model within the bounds then, whatever
+    `checkpoint.export` is."""
+    name: str | None = None
+    """Instead of all this, a `training.guard.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of its class."""
+
+    @model_validator(mode="after")
+    def _one_guard(self) -> Guard:
+        if self.name is not None and (self.bounds or self.patience or self.on_breach != "warn"):
+            raise ValueError("bounds, patience and on_breach are of the built-in guard: leave them out, or the name")
+        if self.name is None and self.args:
+            raise ValueError("args are of a guard of your own: give its name too")
+        return self
+
+
+@_strict
 class Loss:
     name: str
     """A published name, latent, diffusion, package.module:Class, or path/to/file.py:Class."""
@@ -192,12 +228,39 @@ class Prediction:
 
 
 @_strict
+class Named:
+    """A class by its name, and its arguments."""
+
+    name: str
+    """A published name, package.module:Class, or path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+_STEP_POLICIES = {
+    name: f"chopgrad_align.sampling.steps:{cls}"
+    for name, cls in {
+        "last": "LastSteps",
+        "low_variance": "LowVariance",
+        "random": "RandomSteps",
+        "random_last": "RandomLast",
+        "steps": "Steps",
+    }.items()
+}
+
+
+@_strict
 class Gradient:
-    last_steps: Positive = 1
-    """Denoising steps that carry gradient."""
-    decoder: Literal["exact", "truncated", "full"] = "exact"
+    last_steps: Positive | None = None
+    """The last K denoising steps carry gradient; short for steps={name: last, args: {count: K}}. Default: 1."""
+    steps: Named | None = None
+    """The denoising steps that carry gradient: last, random_last, random, steps, low_variance, or a class of your own,
+    with its args (count or indices; detach_input, unconditional); see chopgrad_align/sampling/steps.py."""
+    decoder: str = "exact"
+    """exact, truncated or full; or a class of your own, package.module:Class or path/to/file.py:Class, with args."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of a decoder policy of your own."""
     distance: NonNegative = 0
-    """Of truncated, in frame groups."""
+    """Truncation distance D, in frame groups."""
     cache: Literal["device", "host", "recompute"] = "device"
     checkpoint: bool = True
     """Recompute blocks inside a frame group."""
@@ -206,11 +269,41 @@ class Gradient:
     saturated: Literal["zero", "pass"] = "zero"
     """Gradient of pixels clamped to [-1, 1]."""
 
+    @model_validator(mode="after")
+    def _names(self) -> Gradient:
+        if self.steps is not None and self.last_steps is not None:
+            raise ValueError("give steps or its short form last_steps, not both")
+        if self.args and ":" not in self.decoder:
+            raise ValueError(f"args are those of a class of your own; decoder={self.decoder} has keys beside it")
+        self.step_policy(), self.policy()
+        return self
+
+    def step_policy(self) -> StepPolicy:
+        """The denoising steps that carry gradient."""
+        if self.steps is None:
+            return LastSteps(self.last_steps or 1)
+        name = self.steps.name
+        if ":" not in name and name not in _STEP_POLICIES:
+            raise unknown_name("sampling policy", name, _STEP_POLICIES)
+        policy = construct("sampling policy", name, _STEP_POLICIES.get(name, name), self.steps.args)
+        expect_step_policy(policy)
+        return cast(StepPolicy, policy)
+
     def policy(self) -> Backprop:
-        if self.decoder == "full":
-            return Full(saturated=self.saturated)
+        """The way through the decoder."""
         options: dict[str, Any] = {key: getattr(self, key) for key in ("cache", "checkpoint", "rows", "saturated")}
-        return Truncated(self.distance, **options) if self.decoder == "truncated" else Exact(**options)
+        match self.decoder:
+            case "exact":
+                return Exact(**options)
+            case "truncated":
+                return Truncated(self.distance, **options)
+            case "full":
+                return Full(saturated=self.saturated)
+        if ":" not in self.decoder:
+            raise unknown_name("decoder policy", self.decoder, ("exact", "truncated", "full"))
+        policy = construct("decoder policy", self.decoder, self.decoder, self.args)
+        expect_policy("gradient.decoder", policy)
+        return cast(Backprop, policy)
 
 
 @_strict
@@ -233,6 +326,9 @@ class Validation:
     """Steps between held-out measurements; 0: before and after only."""
     pairs: Annotated[int, Field(ge=2)] = 64
     """Pairs of held-out prompt and seed."""
+    seeds: Positive = 1
+    """Pairs of a condition that come one after the other: with 2, half as many conditions, and `diversity` between
+    seeds."""
     videos: NonNegative = 8
     """Of them, how many are written as mp4."""
     batch: Positive = 1
@@ -243,6 +339,9 @@ class Checkpoint:
     every: NonNegative = 0
     """Steps between checkpoints; 0: at the end only."""
     keep: Positive = 2
+    export: Literal["best", "last"] = "best"
+    """What lora/ holds: the best step by the held-out objective, of those measured to be within the guard's bounds, or
+    the last. The best weights so far are kept as `checkpoints/best-NNNNNN`."""
 
 
 @_strict
@@ -259,6 +358,10 @@ class Config:
     lora: Lora = field(default_factory=Lora)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
+    witnesses: dict[str, Witness | None] = field(default_factory=dict)
+    """Measured with every held-out measurement and not trained on, beside motion, flow, flicker, saturation, contrast,
+    sharpness, diversity and distance; null leaves one of these out."""
+    guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
 
@@ -268,6 +371,12 @@ class Config:
             raise ValueError("expected at least one term under rewards or losses")
         if twice := self.rewards.keys() & self.losses.keys():
             raise ValueError(f"a reward and a loss are both called {min(twice)!r}")
+        for name, reward in self.rewards.items():
+            if reward.weight == 0:
+                raise ValueError(
+                    f"rewards.{name}.weight=0 has no effect; to watch its score, leave it out and add "
+                    f"witnesses.{name}.name={reward.name}"
+                )
         if self.data.clips is None and (self.losses or self.prediction.mode != "sample" or self.prediction.columns):
             raise ValueError(
                 "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"
@@ -279,6 +388,28 @@ class Config:
                     f"losses.{name}.name={loss.name}: a loss of {of} needs prediction.mode={' or '.join(modes)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _watched(self) -> Config:
+        for name, witness in self.witnesses.items():
+            if witness is None and name not in BUILT_IN:
+                raise ValueError(f"witnesses.{name}=null leaves out nothing{nearest(name, BUILT_IN)}")
+        known = self.watched
+        for name, bound in self.guard.bounds.items():
+            if name not in known:
+                hint = nearest(name, known) or f"; there are {', '.join(known)}"
+                raise ValueError(f"guard.bounds.{name}: there is no such witness{hint}")
+            try:
+                _ = None if bound is None else Bounds.of(bound)
+            except UsageError as error:
+                raise ValueError(f"guard.bounds.{name}: {error}") from error
+        return self
+
+    @property
+    def watched(self) -> list[str]:
+        """The names of all witnesses."""
+        names = dict.fromkeys([*BUILT_IN, *self.witnesses])
+        return [name for name in names if self.witnesses.get(name, ...) is not None]
 
 
 def _package_path(path: str) -> str:
@@ -352,8 +483,9 @@ def _sentence(error: Any) -> str:
     match error["type"]:
         case "unexpected_keyword_argument":
             where = ".".join(location[:-1]) or "the top level"
-            near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), 1, cutoff=0)[0]
-            return f"unknown key {key!r}; the nearest at {where} is {near!r}"
+            known = _known_keys(location[:-1])
+            hint = nearest(location[-1], known) or f"; at {where} there are {', '.join(known)}"
+            return f"unknown key {key!r}{hint}"
         case "missing" | "missing_argument":
             return f"{key!r} is missing"
         case "dataclass_type":
@@ -371,7 +503,13 @@ def _known_keys(location: Sequence[str]) -> list[str]:
     kind: Any = Config
     for part in location:
         kind = get_type_hints(kind)[part] if is_dataclass(kind) else get_args(kind)[1]  # a value of dict[str, kind]
+        kind = next(filter(is_dataclass, get_args(kind)), kind) if type(None) in get_args(kind) else kind
     return [f.name for f in fields(kind)] if is_dataclass(kind) else []
+
+
+def header(config: Config) -> str:
+    """The first line of a run's own config: the command that runs it again elsewhere."""
+    return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
 
 
 def to_yaml(config: Config) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..common.arguments import nearest
 from ..common.errors import UsageError
 from ..data.buckets import Bucket
 from ..data.cache import Cache
@@ -33,8 +33,17 @@ class Data(Protocol):
         """What the trainer reads."""
         ...
 
-    def conditions(self, pairs: int) -> list[int]:
-        """What each held-out pair is of: equal for pairs of one prompt and image, or of one file of clips."""
+    def conditions(self, pairs: int, seeds: int) -> list[int]:
+        """What each held-out pair is of: equal for pairs of one prompt and image, or of one file of clips.
+
+        Args:
+            pairs: How many there are.
+            seeds: How many of a condition come one after the other.
+        """
+        ...
+
+    def groups(self, pairs: int, seeds: int) -> list[int]:
+        """The same, equal for pairs that differ in the seed alone: two clips of a file do not."""
         ...
 
 
@@ -58,11 +67,15 @@ class PromptData:
         return [dict(call)]
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> PromptBatches:
-        return PromptBatches(pipe, objective, self.training, self.held_out, config.train.batch_size, config.run.seed)
+        size, seed, seeds = config.train.batch_size, config.run.seed, config.validation.seeds
+        return PromptBatches(pipe, objective, self.training, self.held_out, size, seed, seeds)
 
-    def conditions(self, pairs: int) -> list[int]:
+    def conditions(self, pairs: int, seeds: int) -> list[int]:
         each = [(condition.prompt, condition.image) for condition in self.held_out]
-        return [each.index(each[i % len(each)]) for i in range(pairs)]
+        return [each.index(each[i // seeds % len(each)]) for i in range(pairs)]
+
+    def groups(self, pairs: int, seeds: int) -> list[int]:
+        return self.conditions(pairs, seeds)
 
 
 def _prompt_data(config: Config) -> PromptData:
@@ -73,8 +86,8 @@ def _prompt_data(config: Config) -> PromptData:
     for condition in both:
         for name in condition.weights:
             if name not in config.rewards:
-                near = difflib.get_close_matches(name, config.rewards, 1, cutoff=0)[0]
-                raise UsageError(f"data: no reward is called as in the column 'weight.{name}'; the nearest is {near!r}")
+                hint = nearest(name, config.rewards) or f"; there are {', '.join(config.rewards) or 'none'}"
+                raise UsageError(f"data: no reward is called as in the column 'weight.{name}'{hint}")
     if any(c.image for c in both) and max(config.train.micro_batch, config.validation.batch) > 1:
         raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
     return data
@@ -93,10 +106,14 @@ class ClipData:
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> ClipBatches:
         caption = config.data.clips.caption if config.data.clips else None
-        return ClipBatches(pipe, self.training, self.held_out, config.train.batch_size, config.run.seed, caption)
+        size, seed, seeds = config.train.batch_size, config.run.seed, config.validation.seeds
+        return ClipBatches(pipe, self.training, self.held_out, size, seed, caption, seeds)
 
-    def conditions(self, pairs: int) -> list[int]:
-        return [i % len(self.held_out) for i in range(pairs)]
+    def conditions(self, pairs: int, seeds: int) -> list[int]:
+        return [i // seeds % len(self.held_out) for i in range(pairs)]
+
+    def groups(self, pairs: int, seeds: int) -> list[int]:
+        return [i // seeds for i in range(pairs)]
 
 
 def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:

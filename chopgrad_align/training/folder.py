@@ -23,8 +23,8 @@ _OTHER_BYTES = 100 * 2**20  # sample videos and report
 class RunFolder:
     """Paths and files of one run.
 
-    `config.yaml`, `metrics.jsonl`, `heldout.json`, `samples/`, `checkpoints/step-NNNNNN/`, `lora/`, `curves.png`,
-    `report.html`.
+    `config.yaml`, `metrics.jsonl`, `heldout/`, `heldout.json`, `samples/`, `checkpoints/step-NNNNNN/` and
+    `checkpoints/best-NNNNNN/`, `lora/`, `curves.png`, `report.html`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -32,6 +32,7 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.held_out = self.path / "heldout.json"
+        self.measurements = self.path / "heldout"
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
         self.lora = self.path / "lora"
@@ -66,7 +67,7 @@ class RunFolder:
     def append(self, row: dict[str, float]) -> None:
         """Add a row to `metrics.jsonl`; what is not finite, which JSON cannot say, becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        with said_in_words(self.path), self.metrics.open("a", encoding="utf-8") as file:
+        with os_errors_as_usage_errors(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
     def rewind(self, step: int) -> None:
@@ -74,13 +75,8 @@ class RunFolder:
         kept = (line for line in self._lines() if json.loads(line)["step"] <= step)
         self.write(self.metrics, "".join(kept))
 
-    def measured(self, step: int) -> bool:
-        """Whether `metrics.jsonl` has a held-out row of a step."""
-        rows = map(json.loads, self._lines())
-        return any(row["step"] == step and "heldout/reward_mean" in row for row in rows)
-
     def _lines(self) -> list[str]:
-        with said_in_words(self.path):
+        with os_errors_as_usage_errors(self.path):
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
 
@@ -92,17 +88,50 @@ class RunFolder:
     @contextmanager
     def checkpoint(self, step: int, keep: int) -> Iterator[Path]:
         """A folder to write into, which gets its name when all of it is there; older checkpoints go after that."""
-        with said_in_words(self.path):
-            final = self.checkpoints / f"step-{step:06d}"
-            temporary = self.checkpoints / f".{final.name}.tmp"
+        with self._whole(self.checkpoints / f"step-{step:06d}") as temporary:
+            yield temporary
+        with os_errors_as_usage_errors(self.path):
+            for old in self.all_checkpoints()[:-keep]:
+                shutil.rmtree(old)
+
+    @contextmanager
+    def best(self, step: int) -> Iterator[Path]:
+        """A folder for the weights of a step that was measured to be the best so far; whole or not there."""
+        with self._whole(self._best(step)) as temporary:
+            yield temporary
+
+    def forget_best(self, but: int | None) -> None:
+        """Remove the weights of steps that are the best no more."""
+        kept = None if but is None else self._best(but)
+        for old in self.checkpoints.glob("best-*"):
+            if old != kept and old.name.removeprefix("best-").isdecimal():
+                shutil.rmtree(old)
+
+    def weights(self, step: int) -> Path | None:
+        """The folder with the weights of a step, if they are still there."""
+        return next((f for f in (self._best(step), self.checkpoints / f"step-{step:06d}") if f.is_dir()), None)
+
+    def _best(self, step: int) -> Path:
+        return self.checkpoints / f"best-{step:06d}"
+
+    @contextmanager
+    def _whole(self, final: Path) -> Iterator[Path]:
+        """Another name to write a folder to; it gets its own when all of it is there."""
+        with os_errors_as_usage_errors(self.path):
+            temporary = final.with_name(f".{final.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary
             if final.exists():
                 shutil.rmtree(final)
             os.replace(temporary, final)
-            for old in self.all_checkpoints()[:-keep]:
-                shutil.rmtree(old)
+
+    def show_as_after(self, step: int) -> None:
+        """Let `samples/after` be the samples of a step, if it has any."""
+        source, after = self.samples / f"step-{step:06d}", self.samples / "after"
+        if source.is_dir():
+            shutil.rmtree(after, ignore_errors=True)
+            shutil.copytree(source, after)
 
     def all_checkpoints(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*"))
@@ -115,7 +144,7 @@ class RunFolder:
 
 
 @contextmanager
-def said_in_words(folder: Path) -> Iterator[None]:
+def os_errors_as_usage_errors(folder: Path) -> Iterator[None]:
     """A full disk or missing permission is the user's to mend, in a sentence."""
     try:
         yield

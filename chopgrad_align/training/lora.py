@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..common.errors import UsageError
-from .lean_lora import keep_inputs_as_they_are
+from .low_precision_lora import save_low_precision_inputs
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_config"
@@ -43,7 +43,7 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        keep_inputs_as_they_are(denoiser)
+        save_low_precision_inputs(denoiser)
     return denoisers
 
 
@@ -79,8 +79,8 @@ def lora_state(denoisers: dict[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def load_lora_state(denoisers: dict[str, nn.Module], file: Path) -> None:
-    state = load_file(file)
+def load_lora_state(denoisers: dict[str, nn.Module], state: Mapping[str, Tensor]) -> None:
+    """Take over the weights that `lora_state` returned."""
     for name, denoiser in denoisers.items():
         own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
         set_peft_model_state_dict(denoiser, own)
@@ -144,7 +144,7 @@ def load_lora(pipe: Any, path: Path, adapter: str | None = None, scale: float = 
         else:
             with safe_open(path, "pt") as file:
                 config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
-            load_lora_state(add_lora(pipe, config), path)
+            load_lora_state(add_lora(pipe, config), load_file(path))
     for name in _TRAINED:
         if pipe.components.get(name) is not None:
             scale_lora_layers(pipe.components[name], scale)

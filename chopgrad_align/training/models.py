@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -11,13 +10,15 @@ from typing import Any, Literal
 
 import torch
 
+from ..common.arguments import nearest
 from ..common.errors import UsageError
 from ..objective.losses import load_loss
-from ..objective.objective import LatentTerm, LossTerm, Objective, Term
+from ..objective.objective import Objective
 from ..objective.reward import load_reward
 from ..objective.reward.loading import to_device
+from ..objective.terms import LatentTerm, LossTerm, RewardTerm, Term
 from ..sampling.predictions.latents import known_family
-from ..sampling.predictions.one_call import path_of
+from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
 from .lora import fuse_lora, lora_file
 
@@ -99,24 +100,23 @@ def _scheduler(pipe: Any, settings: dict[str, Any]) -> Any:
     name = settings.pop("name", type(pipe.scheduler).__name__)
     known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
-        raise UsageError(f"model.scheduler.name: diffusers has no {name!r}; the nearest is {near!r}")
+        raise UsageError(f"model.scheduler.name: diffusers has no {name!r}{nearest(name, known)}")
     cls = getattr(diffusers, name)
     accepted = inspect.signature(cls.__init__).parameters
     for key in settings:
         if key not in accepted:
-            near = difflib.get_close_matches(key, accepted, 1, cutoff=0)[0]
-            raise UsageError(f"model.scheduler: {name} has no setting {key!r}; the nearest is {near!r}")
+            raise UsageError(f"model.scheduler: {name} has no setting {key!r}{nearest(key, accepted)}")
     return cls.from_config(pipe.scheduler.config, **settings)
 
 
 def load_objective(
-    rewards: dict[str, Reward], device: torch.device, losses: Mapping[str, Loss] | None = None
+    rewards: Mapping[str, Reward], device: torch.device, losses: Mapping[str, Loss] | None = None
 ) -> Objective:
-    terms: dict[str, Term | LossTerm | LatentTerm] = {}
+    """The terms that a config names, with their networks on the device."""
+    terms: dict[str, Term] = {}
     for key, reward in rewards.items():
         loaded = to_device(load_reward(reward.name, **reward.args), device)
-        terms[key] = Term(loaded, reward.weight, reward.cap, reward.target, reward.normalize)
+        terms[key] = RewardTerm(loaded, reward.weight, reward.cap, reward.target, reward.normalize)
     for key, loss in (losses or {}).items():
         if loss.name in _LATENT:
             if loss.args:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from ...common.arguments import nearest
 from ...common.errors import UsageError
 from .base import Chain, Degradation, Maybe, OneOf
 from .blur import Blur, Sinc
@@ -71,7 +71,7 @@ def _named(spec: Any, known: Mapping[str, type], what: str) -> Any:
         raise UsageError(f"expected a {what} with a name and its settings, got {spec!r}")
     name = spec["name"]
     if name not in known:
-        raise UsageError(f"no {what} is called {name!r}{_nearest(str(name), known)}. Known: {', '.join(known)}")
+        raise UsageError(f"no {what} is called {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
     return _built(known[name], {key: value for key, value in spec.items() if key != "name"}, name)
 
 
@@ -80,7 +80,7 @@ def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
     values = {}
     for key, value in settings.items():
         if key not in names:
-            raise UsageError(f"{where} has no setting {key!r}{_nearest(key, names)}. Its settings: {', '.join(names)}")
+            raise UsageError(f"{where} has no setting {key!r}{nearest(key, names)}. Its settings: {', '.join(names)}")
         values[key] = _value(hints[key], value, f"{where}.{key}")
     missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory]  # both MISSING
     if missing:
@@ -99,8 +99,3 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         raise UsageError(f"{where}: {error.errors()[0]['msg']}, got {value!r}") from error
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""What a degradation is, how several make one, and how random numbers are drawn."""
+"""The protocol of degradations, how several make one, and how random numbers are drawn."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Degradation(Protocol):
 
 @dataclass(frozen=True)
 class Chain:
-    """One after the other."""
+    """Several degradations in turn."""
 
     parts: tuple[Degradation, ...]
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         for part in self.parts:
             video = part.degrade(video, generator)
         return video
@@ -51,7 +51,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of several, drawn for each clip."""
+    """A choice among several, drawn for each clip."""
 
     choices: tuple[Degradation, ...]
     weights: tuple[float, ...] | None = None
@@ -64,7 +64,7 @@ class OneOf:
             check_weights(self, "weights")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         weights = self.weights or (1.0,) * len(self.choices)
         return self.choices[weighted(weights, generator)].degrade(video, generator)
 
@@ -80,7 +80,7 @@ class Maybe:
         check_ranges(self, 0.0, 1.0, "probability")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         return self.part.degrade(video, generator) if chance(self.probability, generator) else video
 
 

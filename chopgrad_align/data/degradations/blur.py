@@ -37,7 +37,7 @@ class Blur:
         check_weights(self, "shapes")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         return convolve(video, self.kernel(generator))
 
     def kernel(self, generator: torch.Generator) -> Tensor:
@@ -79,7 +79,7 @@ class Sinc:
             raise UsageError(f"Sinc(size={self.size}): expected an odd number, 3 or more")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         cutoff = uniform(self.cutoff, generator)
         axis = torch.arange(self.size, dtype=torch.float32) - self.size // 2
         radius = (axis[:, None].square() + axis.square()).sqrt()

@@ -14,7 +14,7 @@ from .drift import bouncing_path, random_drift
 
 @dataclass(frozen=True)
 class BoxMask:
-    """One box, that stays inside the frame and moves evenly, or not at all."""
+    """A box that stays inside the frame and moves evenly, or not at all."""
 
     area: Range = (0.05, 0.3)
     """Part of the frame."""
@@ -29,7 +29,7 @@ class BoxMask:
         check_ranges(self, 0.0, 10.0, "travel")
 
     def draw(self, frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """As `Mask.draw`."""
+        """See `Mask.draw`."""
         area, aspect = uniform(self.area, generator), log_uniform(self.aspect, generator)
         box_width = min(max(math.sqrt(area * aspect * height / width), area), 1.0)  # no side is longer than the frame's
         sizes = area / box_width, box_width

@@ -33,7 +33,7 @@ class Jpeg:
         check_ranges(self, 1, 100, "quality")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         quality = integer(self.quality, generator)
         frames = []
         for image in _bytes(video):
@@ -62,7 +62,7 @@ class VideoCodec:
         check_ranges(self, *((0, 51) if self.codec == "h264" else (1, 31)), "crf")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         crf = integer(self.crf, generator)
         height, width = video.shape[2:]
         padded = _bytes(F.pad(video, (0, width % 2, 0, height % 2), mode="replicate"))

@@ -42,7 +42,7 @@ class Floaters:
         check_ranges(self, 0.0, 10.0, "travel")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         frames, _, height, width = video.shape
         side = min(height, width)
         palette = F.adaptive_avg_pool2d(video[frames // 2], 12).flatten(1).cpu()

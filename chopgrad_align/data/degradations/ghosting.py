@@ -32,7 +32,7 @@ class Ghosting:
         check_ranges(self, 0, 1000, "lag")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         frames, _, height, width = video.shape
         identity = F.affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False)
         mixed = video

@@ -30,7 +30,7 @@ class Holes:
         check_ranges(self, 0.5, 3.0, "roughness")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         frames, _, height, width = video.shape
         area, roughness = uniform(self.area, generator), uniform(self.roughness, generator)
         drift = random_drift(self.travel, generator)

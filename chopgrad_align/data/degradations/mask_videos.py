@@ -28,7 +28,7 @@ class MaskVideos:
     threshold: float = 0.5
 
     def draw(self, frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """As `Mask.draw`.
+        """See `Mask.draw`.
 
         Raises:
             UsageError: A mask video cannot be read.

@@ -1,4 +1,4 @@
-"""What is to be painted in: masks that move smoothly."""
+"""Masks of what is to be painted in; they move smoothly."""
 
 from __future__ import annotations
 

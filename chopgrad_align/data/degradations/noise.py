@@ -23,7 +23,7 @@ class GaussianNoise:
         check_ranges(self, 0.0, 1.0, "sigma", "grey")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         sigma = uniform(self.sigma, generator)
         frames, channels, height, width = video.shape
         shape = (frames, 1 if chance(self.grey, generator) else channels, height, width)
@@ -47,7 +47,7 @@ class PoissonNoise:
         check_ranges(self, 0.0, 1.0, "grey")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`."""
+        """See `Degradation.degrade`."""
         photons = uniform(self.sigma, generator) ** -2
         light = video.cpu()
         if chance(self.grey, generator):

@@ -34,7 +34,7 @@ class ObjectMask:
         check_ranges(self, 0.0, 0.5, "waviness")
 
     def draw(self, frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """As `Mask.draw`."""
+        """See `Mask.draw`."""
         small = small_size(height, width)
         y, x = pixel_grid(*small)
         bottom, right = small[0] / min(small), small[1] / min(small)

@@ -31,7 +31,7 @@ class Downscale:
             raise UsageError(f"Downscale(filter={self.filter!r}): expected bicubic, bilinear or area")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`; the result has its sides divided by the factor, rounded."""
+        """See `Degradation.degrade`; the result has its sides divided by the factor, rounded."""
         factor = log_uniform(self.factor, generator)
         height, width = (max(round(side / factor), 1) for side in video.shape[2:])
         return scaled(video, height, width, self.filter)

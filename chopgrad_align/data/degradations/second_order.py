@@ -85,7 +85,7 @@ class SecondOrder:
         check_ranges(self, 0.0, 1.0, "sinc_probability")
 
     def degrade(self, video: Tensor, generator: torch.Generator) -> Tensor:
-        """As `Degradation.degrade`; the result has its sides divided by the factor, rounded."""
+        """See `Degradation.degrade`; the result has its sides divided by the factor, rounded."""
         size = max(round(video.shape[2] / self.factor), 1), max(round(video.shape[3] / self.factor), 1)
         video = self.first.degrade(video, (video.shape[2], video.shape[3]), generator)
         video = self.between.degrade(video, generator)

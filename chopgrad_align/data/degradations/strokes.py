@@ -40,7 +40,7 @@ class StrokeMask:
         check_ranges(self, 0.0, 10.0, "travel", "sway")
 
     def draw(self, frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """As `Mask.draw`."""
+        """See `Mask.draw`."""
         small = small_size(height, width)
         y, x = pixel_grid(*small)
         wanted = uniform(self.area, generator)
@@ -74,7 +74,7 @@ class StrokeMask:
 
 
 def _distance(y: Tensor, x: Tensor, corners: Tensor) -> Tensor:
-    """Of every pixel from a line through corners `(N, 2)`: `(H, W)`."""
+    """Distance `(H, W)` of every pixel from a line through corners `(N, 2)`."""
     start, edge = corners[:-1, :, None, None], (corners[1:] - corners[:-1])[:, :, None, None]
     dy, dx = y - start[:, 0], x - start[:, 1]
     length = edge.square().sum(1).clamp(min=1e-12)

@@ -63,7 +63,7 @@ def decoder_of(vae: nn.Module, latents: Tensor, **decode_kwargs: Any) -> Decoder
 
 
 def known_decoder(vae: nn.Module) -> Make:
-    """What makes the adapter of a VAE; a UsageError if its class is not known."""
+    """The function that makes the adapter of a VAE; a UsageError if its class is not known."""
     for cls in type(vae).__mro__:
         if (known := _KNOWN.get(cls.__name__)) is not None:
             if not isinstance(known, str):

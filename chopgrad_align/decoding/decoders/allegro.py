@@ -61,7 +61,7 @@ class AllegroTiles(Tiled):
 
 
 class AllegroDecoder(WholeDecoder):
-    """One tile. Layers of images and of time alternate: the hidden state is `(B·F, C, H, W)`, of one sample."""
+    """A single tile. Layers of images and of time alternate: the hidden state is `(B·F, C, H, W)`, of one sample."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae)

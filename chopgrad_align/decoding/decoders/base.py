@@ -1,4 +1,4 @@
-"""What the decoding engine asks of a video decoder: to be a recurrence whose caches are values."""
+"""The interface of a video decoder to the decoding engine: a recurrence whose caches are values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 Hidden = tuple[Tensor, ...]
-"""What one block hands to the next: the hidden state, and any shortcut that a later block will need."""
+"""The state between two blocks: the hidden state, and any shortcut that a later block will need."""
 
 Cache = Any
 """A block's causal cache: any nesting of lists, tuples and dicts of tensors, `None` and strings; at first `None`."""
@@ -20,7 +20,7 @@ Block = Callable[[Hidden, Cache], tuple[Hidden, Cache]]
 
 
 @dataclass(frozen=True)
-class Local:
+class SpatiallyLocalBlock:
     """A block that is local in space, so that the engine may run it on a few rows at a time.
 
     Each row of its output needs the rows of its input and caches from `halo` above to `halo` below it only; all its
@@ -39,7 +39,7 @@ class Local:
 
 
 Clamp = Callable[[Tensor], Tensor]
-"""Limits pixels to [-1, 1], with the gradient that the policy asks for."""
+"""A function that limits pixels to their range, with the gradient that the policy asks for."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Decoder(ABC):
     """The axis of latents and pixels along which groups follow each other."""
 
     recurrent: bool = True
-    """Whether a group needs the caches of the one before it."""
+    """True if a group needs the caches of the one before it."""
 
-    stable: bool = False
-    """Whether the gradient is hardly sensitive to rounding of activations: not where a normalisation can divide by the
-    spread of a few values that are nearly the same."""
+    insensitive_to_rounding: bool = False
+    """True if rounding of activations hardly moves the gradient: not where a normalisation can divide by the spread of
+    a few values that are nearly the same."""
 
     sliced: bool = False
-    """Whether the model now decodes the samples of a batch one by one (`vae.enable_slicing()`)."""
+    """True if the model now decodes the samples of a batch one by one (`vae.enable_slicing()`)."""
 
     def __init__(self, vae: nn.Module) -> None:
         self.vae: Any = vae  # to a type checker every layer of a module would be a tensor or a module
@@ -82,12 +82,16 @@ class Decoder(ABC):
         """The decoder calls that the model itself makes for these latents, in order."""
 
     @abstractmethod
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         """The group cut into pieces that do not depend on each other; `[group]` if it cannot be."""
+
+    def spans(self, latents: Tensor) -> list[slice]:
+        """All frames in the smallest consecutive pieces that are decoded at once."""
+        return [piece.frames for group in self.groups(latents) for piece in self.independent_frames(group)]
 
     @abstractmethod
     def prologue(self, latents: Tensor) -> Tensor:
-        """What the model does to all latents at once before the first group; left to plain autograd."""
+        """Do what the model does to all latents at once before the first group; left to plain autograd."""
 
     @abstractmethod
     def blocks(self, index: int) -> Sequence[Block]:
@@ -95,7 +99,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def epilogue(self, output: Tensor, clamp: Clamp) -> Tensor:
-        """From a group's output to its pixels; `clamp` limits to [-1, 1] and must be used where the model clamps."""
+        """Make pixels of a group's output; `clamp` limits to [-1, 1] and must be used where the model clamps."""
 
 
 class WholeDecoder(Decoder):
@@ -109,13 +113,13 @@ class WholeDecoder(Decoder):
 
     @abstractmethod
     def count_frames(self, latent_frames: int) -> int:
-        """How many pixel frames the model makes of so many latent frames."""
+        """The number of pixel frames that the model makes of so many latent frames."""
 
     def groups(self, latents: Tensor) -> list[Group]:
         count = latents.shape[2]
         return [Group(slice(0, count), slice(0, self.count_frames(count)))]
 
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         return [group]
 
     def prologue(self, latents: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ class Tiled(ABC):
     """
 
     framewise: bool
-    """Whether each tile has all frames, so that a choice of frames can be made before decoding."""
+    """True if each tile has all frames, so that a choice of frames can be made before decoding."""
 
     time_axis: int
     """The axis of the pixels along which frames follow each other."""

@@ -39,7 +39,7 @@ class CogVideoXDecoder(Decoder):
                 latent_frames = 2 * latent_frames - latent_frames % 2
         return latent_frames
 
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         return [group]
 
     def prologue(self, latents: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class ImageDecoder(Decoder):
             return [Group(slice(0, count), slice(0, count))]  # one call, so that the pixels have the same bits
         return [Group(slice(i, i + 1), slice(i, i + 1)) for i in range(count)]
 
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         return [Group(slice(i, i + 1), slice(i, i + 1)) for i in range(group.latents.start, group.latents.stop)]
 
     def prologue(self, latents: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class KVAEVideoDecoder(Decoder):
             groups.append(Group(slice(start, stop), slice(shown, shown + made)))
         return groups
 
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         return [group]
 
     def prologue(self, latents: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class MagvitDecoder(Decoder):
             for i, j in zip(starts, [*starts[1:], count], strict=True)
         ]
 
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         return [group]
 
     def prologue(self, latents: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class MochiDecoder(Decoder):
             for i, j in zip([0, *ends], ends, strict=False)
         ]
 
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         return [group]
 
     def prologue(self, latents: Tensor) -> Tensor:

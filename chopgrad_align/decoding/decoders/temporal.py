@@ -31,7 +31,7 @@ class TemporalDecoder(Decoder):
     def groups(self, latents: Tensor) -> list[Group]:
         return [Group(slice(0, latents.shape[0]), slice(0, latents.shape[0]))]
 
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         starts = range(group.latents.start, group.latents.stop, self._clip)
         return [Group(slice(i, i + self._clip), slice(i, i + self._clip)) for i in starts]
 

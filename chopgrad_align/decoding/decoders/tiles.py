@@ -132,7 +132,7 @@ class TemporalTiles(Tiled):
 
 
 def larger(latents: Tensor, cuts: tuple[Cut, Cut]) -> bool:
-    """Whether latents are higher or wider than one tile."""
+    """True if latents are higher or wider than one tile."""
     return latents.shape[-2] > cuts[0].size or latents.shape[-1] > cuts[1].size
 
 

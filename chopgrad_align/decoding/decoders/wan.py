@@ -13,9 +13,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
-from ..lean import framewise
+from ..memory_efficient_layers import framewise
 from . import expect_latents
-from .base import Block, Cache, Clamp, Decoder, Group, Hidden, Local, Tiled, stateless
+from .base import Block, Cache, Clamp, Decoder, Group, Hidden, SpatiallyLocalBlock, Tiled, stateless
 from .tiles import SpatialTiles, larger, strided_cuts
 
 Finish = Callable[[Tensor, Clamp], Tensor]
@@ -45,7 +45,7 @@ def qwen_image(vae: Any, latents: Tensor) -> Decoder | Tiled:
 class WanDecoder(Decoder):
     """`finish` makes pixels of the last convolution's output; it is `None` for a tile, which is finished later."""
 
-    stable = True  # each position is normalised over its channels
+    insensitive_to_rounding = True  # each position is normalised over its channels
 
     def __init__(self, vae: Any, finish: Finish | None) -> None:
         super().__init__(vae)
@@ -59,7 +59,7 @@ class WanDecoder(Decoder):
             Group(slice(i, i + 1), slice(max(0, 1 + stride * (i - 1)), 1 + stride * i)) for i in range(latents.shape[2])
         ]
 
-    def parts(self, group: Group) -> list[Group]:
+    def independent_frames(self, group: Group) -> list[Group]:
         return [group]
 
     def prologue(self, latents: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class WanDecoder(Decoder):
 
 
 def _convolution(convolution: nn.Module, *before: nn.Module) -> Block:
-    """The first or the last convolution, with what is applied to each frame before it."""
-    return Local(lambda x, cache: _causal(convolution, framewise(before, x), cache), halo=1)
+    """The first or the last convolution, after layers that are applied to each frame."""
+    return SpatiallyLocalBlock(lambda x, cache: _causal(convolution, framewise(before, x), cache), halo=1)
 
 
 def _resnet(resnet: Any) -> Block:
@@ -108,7 +108,7 @@ def _resnet(resnet: Any) -> Block:
         x, second = _causal(resnet.conv2, x, second)
         return x + shortcut, (first, second)
 
-    block = Local(run, halo=2)
+    block = SpatiallyLocalBlock(run, halo=2)
     # With dropout it is no longer local: a few rows draw other random numbers than all of them.
     return block.__call__ if resnet.training and resnet.dropout.p else block
 
@@ -119,7 +119,7 @@ def _upsampler(upsampler: nn.Module) -> Block:
         entries: list[Tensor | str | None] = [cache]
         return upsampler(x, feat_cache=entries, feat_idx=[0]), entries[0]
 
-    return Local(run, halo=1, scale=2)
+    return SpatiallyLocalBlock(run, halo=1, scale=2)
 
 
 def _causal(convolution: nn.Module, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a metric is: a figure of each clip, or one of a whole set of clips."""
+"""The protocol of metrics: a figure of each clip, or one of a whole set of clips."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SetMetric(ABC):
 
     @abstractmethod
     def features(self, video: Tensor) -> Tensor:
-        """What is kept of a clip `(F, 3, H, W)` in [0, 1]: `(D,)`, float64, on the CPU."""
+        """Features of a clip `(F, 3, H, W)` in [0, 1]: `(D,)`, float64, on the CPU."""
 
     @abstractmethod
     def distance(self, features: Tensor, target: Tensor) -> float:
@@ -48,7 +48,7 @@ class SetMetric(ABC):
 
     @abstractmethod
     def note(self, features: Tensor) -> str:
-        """What a reader of the table must know about a figure that comes from such features `(N, D)`."""
+        """A remark for readers of the table about a figure that comes from such features `(N, D)`."""
 
 
 def mean_over_frames(measure: Callable[[Tensor, Tensor], Tensor], video: Tensor, target: Tensor) -> float:

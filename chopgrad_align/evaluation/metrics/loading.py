@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 
 import torch
 
+from ...common.arguments import nearest
 from ...common.errors import UsageError
 from .base import Metric, SetMetric
 from .dists import DISTS
@@ -54,9 +54,7 @@ def load_metrics(names: Sequence[str], device: torch.device | str = "cpu") -> di
 def _load(full_name: str, device: torch.device) -> Metric | SetMetric:
     name, colon, choice = full_name.partition(":")
     if name not in METRICS:
-        close = difflib.get_close_matches(name, METRICS, n=1)
-        hint = f"; did you mean {close[0]!r}" if close else ""
-        raise UsageError(f"no metric is called {name!r}{hint}; known are {', '.join(METRICS)}")
+        raise UsageError(f"no metric is called {name!r}{nearest(name, METRICS)}; known are {', '.join(METRICS)}")
     if colon and name in _PLAIN | {"dists"}:
         raise UsageError(f"metric {full_name!r}: {name} has no choices; write {name!r}")
     try:

@@ -69,13 +69,13 @@ class WarpingError(Metric):
         return sum(errors) / len(errors) if errors else math.nan
 
     def _between(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Of two frames `(1, 3, H, W)`: the flow `(1, 2, H, W)`, and where it holds `(H, W)`."""
+        """The flow `(1, 2, H, W)` between two frames `(1, 3, H, W)`, and a mask `(H, W)` of where it holds."""
         flow, back = self.flow(here, there), self.flow(there, here)
         return flow, (~occluded(flow, back) & _within(flow))[0]
 
 
 def _within(flow: Tensor) -> Tensor:
-    """Whether the flow `(N, 2, H, W)` leads to a place in the frame: `(N, H, W)`."""
+    """Mask `(N, H, W)`: true where the flow `(N, 2, H, W)` stays in the frame."""
     height, width = flow.shape[-2:]
     x = flow[:, 0] + torch.arange(width).to(flow)
     y = flow[:, 1] + torch.arange(height).to(flow).unsqueeze(1)

@@ -58,7 +58,7 @@ def backbone(name: str, network: Network, checkpoint: str | None) -> nn.Sequenti
 
 
 def run(layers: nn.Sequential, x: Tensor, ends: Sequence[int]) -> list[Tensor]:
-    """What each layer whose number is in `ends` makes of `x`, in order."""
+    """Activations of the layers whose numbers are in `ends`, in order."""
     found = []
     for number, layer in enumerate(layers[: max(ends) + 1]):
         x = layer(x)

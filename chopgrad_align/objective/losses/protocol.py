@@ -1,4 +1,4 @@
-"""What a loss is, and the bases of those that compare frames alone and neighbouring frames.
+"""The protocol of losses, and the bases of those that compare frames alone and neighbouring frames.
 
 Where a mask weighs a loss, two rules hold for all of them:
 
@@ -174,7 +174,7 @@ class FrameLoss(_RegionLoss):
         return torch.cat(losses).view(batch, -1).mean(1)
 
     def _losses(self, frames: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-        """One a frame, `(N,)`."""
+        """A loss for each frame, `(N,)`."""
         frames, target = _wide(frames), _wide(target)
         weights = self._weights(mask, frames)
         return self._weighed(self.error(_shown(frames, target, weights), target), weights)
@@ -200,7 +200,7 @@ class VideoLoss(_RegionLoss):
 
     @abstractmethod
     def guide(self, target: Tensor) -> Tensor:
-        """What `target` `(N + 1, 3, H, W)` in [0, 1] says of its N pairs of neighbours: `(N, ...)`.
+        """Guidance `(N, ...)` of the N pairs of neighbours from `target` `(N + 1, 3, H, W)` in [0, 1].
 
         Computed once, without gradient, and kept for the backward pass.
         """
@@ -233,7 +233,7 @@ class VideoLoss(_RegionLoss):
         return torch.cat(losses).mean()
 
     def _losses(self, chunk: Tensor, after: Tensor, target: Tensor, mask: Tensor | None, guide: Tensor) -> Tensor:
-        """One a pair, `(N,)`."""
+        """A loss for each pair, `(N,)`."""
         frames = _wide(torch.cat([chunk, after]))
         weights = self._weights(mask, frames)
         errors = self.error(_shown(frames, _wide(target), weights), guide)

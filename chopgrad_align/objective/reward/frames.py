@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ...common.arguments import nearest, whole_number
 from ...common.errors import UsageError
-
-
-def _expect_whole(number: object) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise UsageError(f"frames: expected a whole number, 1 or more, got {number!r}")
 
 
 class FrameSampler(ABC):
@@ -40,7 +35,7 @@ class Uniform(FrameSampler):
     count: int
 
     def __post_init__(self) -> None:
-        _expect_whole(self.count)
+        whole_number("frames", self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         if self.count >= total:
@@ -57,7 +52,7 @@ class Random(FrameSampler):
     count: int
 
     def __post_init__(self) -> None:
-        _expect_whole(self.count)
+        whole_number("frames", self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
@@ -71,7 +66,7 @@ class Stride(FrameSampler):
     step: int
 
     def __post_init__(self) -> None:
-        _expect_whole(self.step)
+        whole_number("frames", self.step)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         return list(range(0, total, self.step))
@@ -84,7 +79,7 @@ class First(FrameSampler):
     count: int = 1
 
     def __post_init__(self) -> None:
-        _expect_whole(self.count)
+        whole_number("frames", self.count)
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
         return list(range(min(self.count, total)))
@@ -147,9 +142,7 @@ def frame_sampler(frames: Frames) -> FrameSampler:
         if kind in _COUNTED:
             return _COUNTED[kind](number)
     word = next(iter(frames), "") if isinstance(frames, Mapping) else frames
-    close = difflib.get_close_matches(str(word), [*_NAMED, *_COUNTED], 1)
     raise UsageError(
         f"frames={frames!r}: expected a whole number, {', '.join(_NAMED)}, "
-        f"or one of {', '.join(f'{{{kind}: 4}}' for kind in _COUNTED)}"
-        + (f"; did you mean {close[0]!r}?" if close else "")
+        f"or one of {', '.join(f'{{{kind}: 4}}' for kind in _COUNTED)}" + nearest(word, [*_NAMED, *_COUNTED])
     )

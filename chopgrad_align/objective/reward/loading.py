@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import importlib
-import importlib.util
-import inspect
-import re
-import sys
-import traceback
-from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ...common.errors import UsageError
+from ...common.loading import construct, unknown_name
 from .protocol import Reward
 
 _Scorer = TypeVar("_Scorer")
 
 ENTRY_POINTS = "chopgrad_align.rewards"
-_SPELLINGS = "a published name, 'package.module:Class' or 'path/to/file.py:Class'"
-# What to install for a module whose package is called otherwise, or is an extra of this package.
-_INSTALL = {
-    "hpsv2": "'chopgrad-align[hps]'",
-    "kornia": "'chopgrad-align[rewards]'",
-    "lpips": "'chopgrad-align[metrics]'",
-    "open_clip": "open_clip_torch",
-    "torchmetrics": "'chopgrad-align[metrics]'",
-}
 
 
 def load_reward(name: str, **args: object) -> Reward:
@@ -63,55 +44,9 @@ def load_reward(name: str, **args: object) -> Reward:
     return reward
 
 
-def construct(kind: str, name: str, location: str, args: dict[str, object]) -> object:
-    """What the class at `location`, `module:Class` or `path/to/file.py:Class`, makes of `args`.
-
-    Args:
-        kind: What messages call the thing, `reward` or `loss`.
-        name: Its name in the config, for messages.
-        location: Where the class is.
-        args: Given to it by keyword.
-
-    Returns:
-        The thing; a `nn.Module` has its weights frozen, is in eval mode and still on the CPU.
-
-    Raises:
-        UsageError: The module, file, attribute or an argument is wrong, or a package is not installed.
-    """
-    what = f"{kind} {name!r}"
-    place, _, attribute = location.rpartition(":")
-    module = _file(place, kind, what) if _is_path(place) else _module(place, what)
-    if not hasattr(module, attribute):
-        candidates = [a for a in vars(module) if not a.startswith("_")]
-        raise UsageError(f"{what}: {place} has no {attribute!r}{_nearest(attribute, candidates)}")
-    factory = getattr(module, attribute)
-    if not callable(factory):
-        raise UsageError(f"{what}: {attribute} is a {type(factory).__name__}, expected a class")
-    _check_arguments(factory, what, args)
-    try:
-        made = factory(**args)
-    except ModuleNotFoundError as error:  # imported when it is used
-        raise _missing(what, error) from error
-    if isinstance(made, nn.Module):
-        made.requires_grad_(False).eval()
-    return made
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """The error for a name without a colon that nothing of this kind has."""
-    known = sorted(known)
-    hint = f"; for a class in that file, write '{name}:Class'" if _is_path(name) else _nearest(name, known)
-    return UsageError(f"no {kind} is called {name!r}{hint}. Known: {', '.join(known)}; or give {_SPELLINGS}")
-
-
 def to_device(reward: _Scorer, device: torch.device) -> _Scorer:
     """The reward (or loss) with its weights on the device; one that is no module looks after itself."""
     return reward.to(device) if isinstance(reward, nn.Module) else reward
-
-
-def _nearest(name: str, candidates: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _published(name: str) -> str:
@@ -124,69 +59,3 @@ def _published(name: str) -> str:
     if len(known[name]) > 1:
         raise UsageError(f"several packages publish a reward {name!r}: choose {' or '.join(sorted(known[name]))}")
     return known[name].pop()
-
-
-def _is_path(location: str) -> bool:
-    return location.endswith(".py") or "/" in location or "\\" in location
-
-
-def _module(location: str, what: str) -> ModuleType:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", location):
-        raise UsageError(f"{what}: expected {_SPELLINGS}")
-    try:
-        return importlib.import_module(location)
-    except Exception as error:  # the module is someone else's code and can fail in any way
-        raise _import_error(location, what, error) from error
-
-
-def _file(location: str, kind: str, what: str) -> ModuleType:
-    path = Path(location).expanduser().resolve()
-    if not path.is_file():
-        raise UsageError(f"{what}: no such file {path}")
-    # A private name: the file can be called like any installed module and still hides none.
-    private = f"_chopgrad_{kind}_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(private, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{what}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[private] = module  # dataclasses and pickle look the module up by its name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[private]
-        raise _import_error(location, what, error) from error
-    return module
-
-
-def _import_error(location: str, what: str, error: Exception) -> UsageError:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        if f"{location}.".startswith(f"{error.name}."):
-            return UsageError(
-                f"{what}: no module named {error.name!r}; install its package, "
-                "or for a file of yours write 'path/to/file.py:Class'"
-            )
-        return _missing(what, error)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{last.filename}:{last.lineno}"
-    return UsageError(f"{what}: importing {location} failed at {place}: {type(error).__name__}: {error}")
-
-
-def _missing(what: str, error: ModuleNotFoundError) -> UsageError:
-    package = (error.name or "").partition(".")[0]
-    return UsageError(
-        f"{what} needs the module {error.name!r}, which is not installed: pip install {_INSTALL.get(package, package)}"
-    )
-
-
-def _check_arguments(factory: object, what: str, args: dict[str, object]) -> None:
-    try:
-        signature = inspect.signature(factory)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # some built-in callables have none
-        return
-    try:
-        signature.bind(**args)
-    except TypeError as error:
-        unknown = [a for a in args if a not in signature.parameters]
-        nearest = _nearest(unknown[0], list(signature.parameters)) if unknown else ""
-        accepted = ", ".join(str(p).split(":")[0].split("=")[0] for p in signature.parameters.values()) or "none"
-        raise UsageError(f"{what}: {error}{nearest}. Its arguments: {accepted}") from error

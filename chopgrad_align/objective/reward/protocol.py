@@ -1,4 +1,4 @@
-"""What a reward is, and the bases that read chosen frames, in chunks where frames are scored alone."""
+"""The protocol of rewards, and the bases that read chosen frames, in chunks where frames are scored alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...common.arguments import whole_number
 from ...common.errors import UsageError
 from .frames import Frames, Random, frame_sampler
 
 
 class Reward(Protocol):
-    """One differentiable score a video; higher is better. Never a loss: sign and weight are applied once, outside."""
+    """A differentiable score for each video, higher is better; never a loss: sign and weight are applied outside."""
 
     def __call__(self, video: Tensor, prompts: list[str]) -> Tensor:
         """Score `video` `(B, F, 3, H, W)` in [0, 1], sample b against `prompts[b]`; returns `(B,)`."""
@@ -83,11 +84,7 @@ class FrameReward(SampledReward):
 
     def __init__(self, *, frames: Frames = None, frames_per_chunk: int = 8) -> None:
         super().__init__(frames=frames)
-        if isinstance(frames_per_chunk, bool) or not isinstance(frames_per_chunk, int) or frames_per_chunk < 1:
-            raise UsageError(
-                f"{type(self).__name__}: frames_per_chunk={frames_per_chunk!r}: expected a whole number, 1 or more"
-            )
-        self.frames_per_chunk = frames_per_chunk
+        self.frames_per_chunk = whole_number(f"{type(self).__name__}: frames_per_chunk", frames_per_chunk)
 
     @abstractmethod
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:

@@ -1,14 +1,14 @@
-"""Conditions of the pipeline's call from roles of the data."""
+"""Conditions of the pipeline's call, made of roles of the data."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...common.arguments import nearest
 from ...common.errors import UsageError
 from .protocol import Videos
 
@@ -41,10 +41,9 @@ def expect_role(key: str, role: str, roles: Iterable[str], data: str = "It") -> 
     """Raise a UsageError if a role that `prediction.KEY` names is not among those of the data."""
     known = list(roles)
     if role not in known:
-        near = difflib.get_close_matches(role, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UsageError(
-            f"prediction.{key}: the data has no role {role!r}{hint} {data} has: {', '.join(known) or 'none'}"
+            f"prediction.{key}: the data has no role {role!r}{nearest(role, known) or '.'} {data} has: "
+            f"{', '.join(known) or 'none'}"
         )
 
 

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from ...common.errors import UsageError
-from ...objective.objective import Reference
+from ...objective.terms import Reference
 from .columns import arguments
 from .latents import Encoder
-from .one_call import one_call, path_of
-from .protocol import Begun, Videos
+from .one_call import one_call
+from .probability_paths import path_of
+from .protocol import PreparedCall, Videos
 
 
 @dataclass(frozen=True)
 class Denoise:
-    """The target is noised to a random time, as in training a diffusion model, and its clean latents are predicted.
+    """Denoising of the target from a random time, as in training a diffusion model.
 
     A loss on the decoded prediction stands beside the usual one, `diffusion`. One time is drawn for each call, that is
     for each micro-batch; measurements take the middle of the range. What a run measures is so the model's skill at
@@ -36,8 +37,10 @@ class Denoise:
     encoder: Encoder = field(default_factory=Encoder)
 
     @contextmanager
-    def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
-        """As `Prediction.begin`."""
+    def prepare(
+        self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool
+    ) -> Iterator[PreparedCall]:
+        """See `Prediction.prepare`."""
         if "target" not in videos:
             raise UsageError("prediction.mode=denoise needs data with a target: give a section data.clips")
         low, high = self.times
@@ -58,4 +61,4 @@ class Denoise:
                     )
                 return call.reference(videos, clean, path.output(clean, noise, time))
 
-            yield Begun(inputs, reference)
+            yield PreparedCall(inputs, reference)

@@ -16,18 +16,18 @@ from .protocol import Videos
 
 @dataclass(frozen=True)
 class Encoder:
-    """How a prediction encodes clips.
+    """Encoder of clips, with a cache.
 
     Args:
         cache: Keeps the latents of some roles.
-        roles: Whose clips come again, so that keeping them pays.
+        roles: Roles whose clips come again, so that keeping them pays.
     """
 
     cache: Cache | None = None
     roles: frozenset[str] = frozenset()
 
     def __call__(self, pipe: Any, videos: Videos, role: str) -> Tensor:
-        """As `encode`."""
+        """See `encode`."""
         return encode(pipe, videos[role], self.cache if role in self.roles else None)
 
 
@@ -53,7 +53,7 @@ def encode(pipe: Any, video: Tensor, cache: Cache | None = None) -> Tensor:
 
 
 def known_family(pipe: Any) -> str:
-    """Which of the known families a pipeline is of; a UsageError if it is of none."""
+    """Name of the known family that a pipeline belongs to; a UsageError if it belongs to none."""
     for name in _NORMALIZED:
         if type(pipe).__name__.startswith(name):
             return name
@@ -64,12 +64,12 @@ def known_family(pipe: Any) -> str:
 
 
 def frame_axis(pipe: Any) -> int:
-    """Of the latents in the pipeline's layout."""
+    """Axis of frames in the latents of the pipeline's layout."""
     return 1 if type(pipe).__name__.startswith("CogVideoX") else 2
 
 
 def continued(known: Tensor, latents: Tensor, axis: int) -> Tensor:
-    """The latents, whose first frames along the axis are the known ones."""
+    """Latents whose first frames along the axis are replaced by the known ones."""
     count = known.shape[axis]
     return torch.cat([known, latents.narrow(axis, count, latents.shape[axis] - count)], axis)
 

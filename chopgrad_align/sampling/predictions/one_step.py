@@ -9,13 +9,14 @@ from typing import Any
 
 from .columns import arguments, expect_role
 from .latents import Encoder, continued, frame_axis
-from .one_call import one_call, path_of
-from .protocol import Begun, Videos
+from .one_call import one_call
+from .probability_paths import path_of
+from .protocol import PreparedCall, Videos
 
 
 @dataclass(frozen=True)
 class OneStep:
-    """The degraded clip's latents are taken for noisy ones of a fixed time, and denoised in one step.
+    """One denoising step from the degraded clip's latents, which are taken for noisy ones of a fixed time.
 
     So a text-to-video model becomes a restorer that costs one call: the recipe of one-step video super-resolution, such
     as DOVE (arXiv 2505.16239).
@@ -33,8 +34,10 @@ class OneStep:
     encoder: Encoder = field(default_factory=Encoder)
 
     @contextmanager
-    def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
-        """As `Prediction.begin`."""
+    def prepare(
+        self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool
+    ) -> Iterator[PreparedCall]:
+        """See `Prediction.prepare`."""
         expect_role("source", self.source, videos)
         start = self.encoder(pipe, videos, self.source)
         known = self.encoder(pipe, videos, "context") if "context" in videos else None
@@ -44,4 +47,4 @@ class OneStep:
         path = path_of(pipe.scheduler)
         with one_call(pipe, path, self.time, known) as call:
             inputs = {"latents": start, **call.inputs, **arguments(self.columns, videos)}
-            yield Begun(inputs, lambda: call.reference(videos, true, None))
+            yield PreparedCall(inputs, lambda: call.reference(videos, true, None))

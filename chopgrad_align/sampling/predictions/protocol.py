@@ -1,4 +1,4 @@
-"""What a prediction is."""
+"""The contract of a prediction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ...objective.objective import Reference
+from ...objective.terms import Reference
 
 Videos = Mapping[str, Tensor]
 """A batch of clips: `(B, F, C, H, W)` in [0, 1] for each role of the data (`target`, `degraded`, `mask`, …).
@@ -18,12 +18,12 @@ The role `context` is the beginning of the clip where it is known: of a window o
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A prediction that only the pipeline's call is missing of.
+class PreparedCall:
+    """Everything of a prediction but the pipeline's call.
 
     Attributes:
-        inputs: Arguments of that call, which come before those of the config.
-        reference: To be asked after the call: what the prediction is compared with.
+        inputs: Arguments of that call, which take precedence over those of the config.
+        reference: Returns, after the call, the reference that the prediction is compared with.
     """
 
     inputs: Mapping[str, Any]
@@ -31,22 +31,22 @@ class Begun:
 
 
 class Prediction(Protocol):
-    """A small frozen object that says how a pipeline's call predicts a clip."""
+    """The way in which a pipeline's call predicts a clip: a small frozen object."""
 
     @property
     def columns(self) -> Mapping[str, str]:
         """Conditions: which argument of the pipeline's call is which role of the data; see `columns.arguments`."""
         ...
 
-    def begin(
+    def prepare(
         self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool
-    ) -> AbstractContextManager[Begun]:
+    ) -> AbstractContextManager[PreparedCall]:
         """Prepare the pipeline for one call; it is as before on exit.
 
         Args:
-            pipe: Of diffusers.
+            pipe: A diffusers pipeline.
             videos: On the pipeline's device; empty for data without clips.
-            seeds: One a sample, of everything that is drawn.
+            seeds: One for each sample; they decide everything that is drawn.
             training: False for measurements, which draw no time.
             latents: Whether the objective reads the true latents.
 

@@ -11,37 +11,39 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ...objective.objective import Reference
+from ...objective.terms import Reference
 from .columns import arguments
 from .latents import continued, encode, frame_axis
-from .one_call import Straight, path_of
-from .protocol import Begun, Videos
+from .probability_paths import RectifiedFlow, path_of
+from .protocol import PreparedCall, Videos
 
 
 @dataclass(frozen=True)
 class Sample:
-    """From noise, by the pipeline's own sampler; the gradient reaches its last steps.
+    """Sampling from noise, by the pipeline's own sampler; the gradient reaches the steps of the sampling policy.
 
     Args:
-        columns: Which argument of the pipeline's call is which role of the data; see `arguments`.
+        columns: Arguments of the pipeline's call, each with its role of the data; see `arguments`.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def begin(self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool) -> Iterator[Begun]:
-        """As `Prediction.begin`."""
+    def prepare(
+        self, pipe: Any, videos: Videos, seeds: Sequence[int], training: bool, latents: bool
+    ) -> Iterator[PreparedCall]:
+        """See `Prediction.prepare`."""
         reference = Reference(videos.get("target"), videos.get("mask"))
         inputs = arguments(self.columns, videos)
         if "context" in videos:
             inputs["callback_on_step_end"] = _replacing(pipe, encode(pipe, videos["context"]), seeds)
-        yield Begun(inputs, lambda: reference)
+        yield PreparedCall(inputs, lambda: reference)
 
 
 def _replacing(pipe: Any, known: Tensor, seeds: Sequence[int]) -> Any:
-    """A callback that keeps the first latents, those of frames that are known, at the noise of each step."""
+    """Callback that keeps the first latents, those of frames that are known, at the noise of each step."""
     path, axis = path_of(pipe.scheduler), frame_axis(pipe)
-    if not isinstance(path, Straight):
+    if not isinstance(path, RectifiedFlow):
         raise UsageError("long videos by mode=sample need a model of flow matching; use mode=one_step")
     noise = torch.stack(
         [torch.randn(known.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]

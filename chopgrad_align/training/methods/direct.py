@@ -1,9 +1,9 @@
-"""One micro-batch of a training step: videos are sampled with a gradient, scored, and the gradient is pulled back."""
+"""Reward gradients: videos are sampled with a gradient, scored, and the gradient is backpropagated to the weights."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,39 +12,20 @@ import torch
 from torch import Tensor
 
 from ...decoding.backprop import Backprop
-from ...decoding.selected_frames import decode_read
-from ...objective.objective import Objective, Statistics
+from ...decoding.selected_frames import decode_selected_frames
+from ...objective.objective import Objective
+from ...objective.statistics import Statistics
+from ...objective.terms import Reference
 from ...sampling.predictions import Prediction, Sample
-from ...sampling.predictions.protocol import Videos
-from ...sampling.rollout import differentiable
-from ...sampling.steps import LastSteps
+from ...sampling.rollout import Clips, clips
+from ...sampling.steps import StepPolicy
+from .protocol import MicroBatch
 from .streaming import StreamedLosses, can_stream
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What differs from one micro-batch to the next.
-
-    Attributes:
-        inputs: Of the pipeline's call, for these videos: prompts or their embeddings, images, generators.
-        prompts: What the rewards are told.
-        frame_seeds: Decide which frames random samplers choose, one a video.
-        weights: How much each term counts in each video; default 1.
-        seeds: Of what the prediction draws, one a video.
-        videos: Of data with clips: `(B, F, C, H, W)` in [0, 1] for each role.
-    """
-
-    inputs: Mapping[str, Any]
-    prompts: list[str]
-    frame_seeds: list[int]
-    weights: Mapping[str, list[float]] | None = None
-    seeds: Sequence[int] = ()
-    videos: Videos = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """What is trained, and how: the same in every step.
+class DirectGradient:
+    """Backpropagation of the objective through decoder and sampler.
 
     Attributes:
         call: Arguments of the pipeline's call.
@@ -52,57 +33,74 @@ class Trainee:
         backprop: How to backpropagate through the decoder.
         batch_size: Videos for one optimizer step, over all processes; the loss is their mean.
         phases: A context for each named part, for what measures them.
-        decode: How to decode; `decode_read` with all its arguments.
+        decode: How to decode; `decode_selected_frames` with all its arguments.
         prediction: How the pipeline's call predicts a video.
     """
 
     pipe: Any
     call: Mapping[str, Any]
     objective: Objective
-    steps: LastSteps
+    steps: StepPolicy
     backprop: Backprop
     batch_size: int
     phases: Callable[[str], AbstractContextManager[None]]
-    decode: Callable[..., Tensor] = decode_read
+    decode: Callable[..., Tensor] = decode_selected_frames
     prediction: Prediction = field(default_factory=Sample)
 
     def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
-        """Add the gradient of a micro-batch to the trained weights.
-
-        Args:
-            statistics: Of each normalized term.
-
-        Returns:
-            A row for each video, float32: the objective, the score of each term, the value of each term.
-        """
-
+        """See `Method`."""
         call = {**self.call, **batch.inputs}
         read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
-
         whole = functools.partial(self.decode, read=read, expected=call.get("num_frames"))
-        streamed = None
-        if "target" in batch.videos and can_stream(self.objective, self.backprop):
-            streamed = StreamedLosses(self.objective, batch.videos["target"], batch.videos.get("mask"), batch.weights)
+        streams = "target" in batch.videos and can_stream(self.objective, self.backprop)
+        streamed: StreamedLosses | None = None
 
         def decode(*args: Any, **kwargs: Any) -> Tensor:
+            nonlocal streamed
             with self.phases("decoding"):
-                return whole(*args, **kwargs) if streamed is None else streamed.decode(whole, *args, **kwargs)
+                if not streams:
+                    return whole(*args, **kwargs)
+                target, mask = batch.videos["target"], batch.videos.get("mask")
+                streamed = StreamedLosses(self.objective, target, mask, batch.weights)
+                return streamed.decode(whole, *args, **kwargs)
 
-        with (
-            self.phases("sampling"),
-            self.prediction.begin(self.pipe, batch.videos, batch.seeds, True, self.objective.reads_latents) as begun,
-            differentiable(self.pipe, self.steps, self.backprop, decode) as sample,
-        ):
-            output_type = "pt" if self.objective.reads_pixels else "latent"
-            video = sample(**{**call, **begun.inputs}, output_type=output_type).frames
+        latents = self.objective.reads_latents
+        with self.prediction.prepare(self.pipe, batch.videos, batch.seeds, True, latents) as prepared:
+            made = clips(
+                self.pipe,
+                {**call, **prepared.inputs},
+                self.steps,
+                self.backprop,
+                decode=decode,
+                output_type="pt" if self.objective.reads_pixels else "latent",
+                steps_seed=batch.steps_seed,
+            )
+            rows = []
+            while (clip := self._next(made)) is not None:
+                rows.append(clip.share * self._backward(clip, batch, prepared.reference(), streamed, statistics))
+        return torch.stack(rows).sum(0)
+
+    def _next(self, made: Iterator[Clips]) -> Clips | None:
+        with self.phases("sampling"):
+            return next(made, None)
+
+    def _backward(
+        self,
+        clip: Clips,
+        batch: MicroBatch,
+        reference: Reference,
+        streamed: StreamedLosses | None,
+        statistics: Mapping[str, Statistics],
+    ) -> Tensor:
+        """Score clips and take the gradient, before the next ones are made; returns rows as `accumulate` does."""
         with self.phases("reward"):
             known = {} if streamed is None else streamed.scores
-            scores = self.objective.scores(video, batch.prompts, batch.frame_seeds, begun.reference(), known)
+            scores = self.objective.scores(clip.video, batch.prompts, batch.frame_seeds, reference, known)
             values = self.objective.values(scores, batch.weights, statistics)
             total = torch.stack([*values.values()]).sum(0)
         with self.phases("backward"):
             # The streamed losses are part of the total's value, but not of its graph.
             whole_batch = total.sum() if streamed is None else total.sum() + streamed.value
-            (-whole_batch / self.batch_size).backward()
+            (-clip.share * whole_batch / self.batch_size).backward()
         columns = [total, *scores.values(), *values.values()]
         return torch.stack([column.detach().float() for column in columns], 1)

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...decoding.backprop import Backprop, Truncated
-from ...decoding.clamp import clamp_of, denormalized
+from ...decoding.backprop import Backprop
+from ...decoding.clamp import denormalized
 from ...decoding.decode import decode_loss
 from ...decoding.decoders import decoder_of
 from ...decoding.decoders.base import Tiled
-from ...objective.losses.protocol import FrameLoss
-from ...objective.objective import LossTerm, Objective
-from ...objective.reward.frames import All
+from ...objective.objective import Objective
 
 
 def can_stream(objective: Objective, backprop: Backprop) -> bool:
@@ -24,16 +22,7 @@ def can_stream(objective: Objective, backprop: Backprop) -> bool:
     With other policies each loss would have to be evaluated twice, and other terms read more than one group's frames.
     """
     pixel_terms = [term for term in objective.terms.values() if term.reads_pixels]
-    return one_pass(backprop) and bool(pixel_terms) and all(map(_of_single_frames, pixel_terms))
-
-
-def one_pass(backprop: Backprop) -> bool:
-    """Whether a loss of single frames can be pulled back as soon as they are decoded."""
-    return isinstance(backprop, Truncated) and backprop.distance == 0
-
-
-def _of_single_frames(term: Any) -> bool:
-    return isinstance(term, LossTerm) and isinstance(term.loss, FrameLoss) and isinstance(term.loss.frames, All)
+    return backprop.one_pass and bool(pixel_terms) and all(term.frame_loss is not None for term in pixel_terms)
 
 
 class StreamedLosses:
@@ -57,7 +46,7 @@ class StreamedLosses:
         mask: Tensor | None,
         weights: Mapping[str, Sequence[float]] | None,
     ) -> None:
-        self._terms = {name: term for name, term in objective.terms.items() if isinstance(term, LossTerm)}
+        self._terms = {name: (term, term.frame_loss) for name, term in objective.terms.items() if term.frame_loss}
         self._target, self._mask, self._weights = target, mask, weights or {}
         self.scores: dict[str, Tensor] = {}
         self.value = torch.zeros(())
@@ -76,12 +65,12 @@ class StreamedLosses:
         parts: dict[tuple[str, int], Tensor] = {}
 
         def value(pixels: Tensor, span: slice) -> Tensor:
-            video = denormalized(pixels, clamp_of(backprop, 0.0, 1.0)).transpose(1, 2)  # as `rollout` does
+            video = denormalized(pixels, backprop.clamp(0.0, 1.0)).transpose(1, 2)  # as `rollout` does
             share = video.shape[1] / frames
             mask = None if self._mask is None else self._mask[:, span]
             values = []
-            for name, term in self._terms.items():
-                score = share * term.loss(video, self._target[:, span], mask)
+            for name, (term, loss) in self._terms.items():
+                score = share * loss(video, self._target[:, span], mask)
                 parts[name, span.start] = score.detach()
                 values.append(term.value(score) * torch.tensor(self._weights.get(name, 1.0)).to(score))
             return torch.stack(values).sum()

@@ -1,4 +1,4 @@
-"""The conditions under which code first ran, so that it can run again the same."""
+"""The state in which code first ran, so that it can run again the same."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 
-class Conditions:
-    """The autocast and random state at the moment of its making."""
+class ReproducibleState:
+    """The autocast and random state at the moment when this object is made."""
 
     def __init__(self, device: torch.device) -> None:
         kinds = {device.type, "cpu"}
@@ -19,8 +19,8 @@ class Conditions:
         self._device_random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     @contextmanager
-    def again(self, random: bool = True) -> Iterator[None]:
-        """Within the context all is as it was; with `random=False`, but for the random state."""
+    def restore(self, random: bool = True) -> Iterator[None]:
+        """Run the context in that state, and return to the present one; without `random`, autocast alone."""
         with ExitStack() as stack:
             if random:
                 stack.enter_context(torch.random.fork_rng([] if self._device_random is None else [self._device]))

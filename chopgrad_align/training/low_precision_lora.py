@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 
-def keep_inputs_as_they_are(denoiser: nn.Module) -> None:
+def save_low_precision_inputs(denoiser: nn.Module) -> None:
     """Change the LoRAs of a denoiser so; without dropout only, whose output is the input of the adapter."""
     for layer in denoiser.modules():
         if isinstance(layer, LoraLayer) and all(isinstance(drop, nn.Identity) for drop in layer.lora_dropout.values()):

@@ -1,8 +1,8 @@
 """Layers that keep less for their backward pass, put in place of the usual ones while a graph is recorded.
 
-Plain autograd keeps the input of every convolution, because a trained weight would need it; a frozen one does not. And
-of a normalisation with its activation it keeps several tensors, some upcast to float32; all of them follow from the
-input, which is there anyhow. Gradients are the same.
+Plain autograd keeps the input of every convolution, because a trained weight would need it; a frozen one does not. For
+a normalisation with its activation it keeps several tensors, some upcast to float32; all of them follow from the input,
+which is there anyhow. Gradients are the same.
 """
 
 from __future__ import annotations
@@ -12,31 +12,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input, conv3d_input
+from torch.nn.grad import conv2d_input
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 from torch.utils.checkpoint import checkpoint
 
+from . import onednn
 
-class Lean(TorchFunctionMode):
-    """Within the context, frozen convolutions keep no input, and `framewise` keeps its input only.
+
+class MemoryEfficientLayers(TorchFunctionMode):
+    """A context in which frozen convolutions keep no input, and `framewise` keeps its input only.
 
     Convolutions under autocast are left alone: it casts inside them.
 
     Args:
-        stable: Whether the layers leave rounding small. Then the run that is recorded may round otherwise than the one
-            without a graph, where that is faster.
+        insensitive_to_rounding: The layers leave rounding small. Then the run that is recorded may round otherwise than
+            the one without a graph, where that is faster (`onednn`).
     """
 
-    def __init__(self, stable: bool = False) -> None:
+    def __init__(self, insensitive_to_rounding: bool = False) -> None:
         super().__init__()
-        self.stable = stable
+        self._round_freely = insensitive_to_rounding
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is framewise:
             return _framewise_recomputed(*args)
         if (input_gradient := _CONVOLUTIONS.get(func)) is not None:
-            return _convolution(func, input_gradient, self.stable, *args, **kwargs)
+            return _convolution(func, input_gradient, self._round_freely, *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -75,13 +77,13 @@ class _FrozenFramewise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (x,) = ctx.saved_tensors
-        pulled = torch.empty_like(x)
-        for frame, cotangent, result in zip(*(t.split(1, 2) for t in (x, gradient, pulled)), strict=True):
+        of_input = torch.empty_like(x)
+        for frame, cotangent, result in zip(*(t.split(1, 2) for t in (x, gradient, of_input)), strict=True):
             frame = frame.detach().requires_grad_()
             with torch.enable_grad():
                 again = framewise(ctx.layers, frame)
             result.copy_(torch.autograd.grad(again, frame, cotangent)[0])
-        return None, pulled
+        return None, of_input
 
 
 def _is_autocast(x: Tensor) -> bool:
@@ -91,7 +93,7 @@ def _is_autocast(x: Tensor) -> bool:
 def _convolution(
     func: Callable[..., Tensor],
     input_gradient: Callable[..., Tensor],
-    stable: bool,
+    round_freely: bool,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -103,7 +105,7 @@ def _convolution(
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained or not x.requires_grad or isinstance(padding, str) or _is_autocast(x):
         return func(x, weight, bias, stride, padding, dilation, groups)
-    func = _conv3d if stable and func is torch.conv3d else func
+    func = onednn.conv3d if round_freely and func is torch.conv3d else func
     return _FrozenConvolution.apply(func, input_gradient, x, weight, bias, stride, padding, dilation, groups)
 
 
@@ -127,40 +129,8 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.settings
-        if _onednn_is_faster(gradient) and _triple(stride) == _triple(dilation) == (1, 1, 1) and groups == 1:
-            # Of stride 1: the convolution with the flipped kernel, padded by what the other one was not.
-            flipped = weight.flip(2, 3, 4).transpose(0, 1).contiguous()
-            rest = [size - 1 - pad for size, pad in zip(weight.shape[2:], _triple(padding), strict=True)]
-            pulled = _onednn(gradient, flipped, None, rest, (1, 1, 1), (1, 1, 1), 1)
-        else:
-            pulled = ctx.input_gradient(ctx.shape, weight, gradient, *ctx.settings)
-        return (None, None, pulled, *(None,) * 6)
+        of_input = ctx.input_gradient(ctx.shape, weight, gradient, *ctx.settings)
+        return (None, None, of_input, *(None,) * 6)
 
 
-_onednn = torch.ops.aten.mkldnn_convolution
-
-
-def _conv3d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:
-    if _onednn_is_faster(x):
-        return _onednn(x, weight, bias, *map(_triple, (padding, stride, dilation)), groups)
-    return torch.conv3d(x, weight, bias, stride, padding, dilation, groups)
-
-
-def _onednn_is_faster(x: Tensor) -> bool:
-    """Whether to ask for oneDNN by name.
-
-    Of one sample torch convolves on a path several times slower unless channels, frames and height multiply to more
-    than this (`ConvParams::use_mkldnn` in aten's Convolution.cpp); a decoder's group is often smaller.
-    """
-    plain = type(x) is Tensor and x.ndim == 5 and x.device.type == "cpu" and x.dtype == torch.float32
-    return plain and len(x) == 1 and x[0, :, :, :, 0].numel() <= 20480 and bool(torch.backends.mkldnn.enabled)
-
-
-def _triple(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) * 3 if isinstance(value, int) else tuple(value)
-
-
-_CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {torch.conv2d: conv2d_input, torch.conv3d: conv3d_input}
+_CONVOLUTIONS: dict[Any, Callable[..., Tensor]] = {torch.conv2d: conv2d_input, torch.conv3d: onednn.conv3d_input}

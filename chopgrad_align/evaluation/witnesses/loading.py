@@ -1,0 +1,74 @@
+"""Witnesses by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.errors import UsageError
+from ...common.loading import construct
+from ...objective.reward import load_reward
+from .contrast import Contrast
+from .distance import Distance
+from .diversity import Diversity
+from .flicker import Flicker
+from .flow import Flow
+from .motion import Motion
+from .protocol import Witness
+from .reward import RewardWitness
+from .saturation import Saturation
+from .sharpness import Sharpness
+
+BUILT_IN: Mapping[str, type[Witness]] = {
+    "motion": Motion,
+    "flow": Flow,
+    "flicker": Flicker,
+    "saturation": Saturation,
+    "contrast": Contrast,
+    "sharpness": Sharpness,
+    "diversity": Diversity,
+    "distance": Distance,
+}
+"""Those of every run, unless it leaves them out."""
+
+
+def check_witnesses(witnesses: Mapping[str, Witness], prompts: list[str], frames: int, size: tuple[int, int]) -> None:
+    """Let witnesses of the user's own observe a small random video, on the CPU.
+
+    Raises:
+        UsageError: One does not return a tensor with an entry for each video.
+    """
+    video = torch.rand((len(prompts), frames, 3, *size), generator=torch.Generator().manual_seed(0))
+    for name, witness in witnesses.items():
+        if type(witness) in BUILT_IN.values():
+            continue
+        with torch.no_grad():
+            kept: Any = witness.observe(video, prompts, range(len(prompts)))
+        if not isinstance(kept, Tensor) or kept.shape[:1] != (len(prompts),):
+            what = f"a tensor of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
+            raise UsageError(
+                f"witnesses.{name}: observe returned {what} for {len(prompts)} videos, expected an entry each"
+            )
+
+
+def load_witness(key: str, name: str, args: Mapping[str, Any]) -> Witness:
+    """Construct a witness of one's own, or make one of a reward.
+
+    Args:
+        key: What the run calls it.
+        name: A published reward, or the class of a witness or of a reward: `package.module:Class` or
+            `path/to/file.py:Class`.
+        args: Given to it by keyword.
+
+    Raises:
+        UsageError: As `load_reward`.
+    """
+    made: Any = construct("witness", name, name, dict(args)) if ":" in name else load_reward(name, **args)
+    if isinstance(made, Witness):
+        return made
+    if not callable(made):
+        raise UsageError(f"witnesses.{key}: {name!r} made a {type(made).__name__}, which is neither witness nor reward")
+    return RewardWitness(made, key)

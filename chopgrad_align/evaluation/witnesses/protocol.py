@@ -1,0 +1,60 @@
+"""The protocol of witnesses: measures of held-out videos that nothing is trained on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .bounds import Bounds
+
+_LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+
+
+class Witness(ABC):
+    """A measure of videos that tells whether a reward rose at the cost of something else.
+
+    It observes the videos a few at a time and keeps something small of each; the values of all follow from that. A
+    measure of single videos needs `observe` alone.
+
+    Attributes:
+        bounds: Where the guard expects the mean relative to the base model's, if nobody says otherwise.
+        reads_base: Whether `values` compares with what was kept of the base model's videos.
+        module: Network whose weights are on the device while it observes, if there is one.
+    """
+
+    bounds: ClassVar[Bounds | None] = None
+    reads_base: ClassVar[bool] = False
+
+    @property
+    def module(self) -> nn.Module | None:
+        """See the class."""
+        return None
+
+    @abstractmethod
+    def observe(self, video: Tensor, prompts: list[str], seeds: Sequence[int]) -> Tensor:
+        """Keep something of each video: `(B, F, 3, H, W)` in [0, 1] -> `(B, ...)`; for most witnesses the value `(B,)`.
+
+        Args:
+            video: On any device, of any floating-point type.
+            prompts: One a sample.
+            seeds: One a sample, for random choices.
+        """
+
+    def values(self, kept: Sequence[Tensor], base: Sequence[Tensor], groups: Sequence[int]) -> list[float]:
+        """The value of each held-out pair; NaN where it has none. Default: what was kept is the value.
+
+        Args:
+            kept: What `observe` returned for each pair, on the CPU.
+            base: The same of the base model, if `reads_base`.
+            groups: Equal for pairs that differ in the seed alone.
+        """
+        return [item.item() for item in kept]
+
+
+def luma(video: Tensor) -> Tensor:
+    """Brightness of pixels by Rec. 601: `(..., 3, H, W)` in [0, 1] -> `(..., H, W)` in [0, 1], float32."""
+    video = video.float()
+    return (video * video.new_tensor(_LUMA).view(3, 1, 1)).sum(-3)

@@ -1,0 +1,218 @@
+"""Terms of the objective: each answers for itself what it reads, how it scores a video and what the score is worth."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import UsageError
+from .losses import Loss
+from .losses.protocol import FrameLoss, compare
+from .losses.protocol import frames_read as frames_compared
+from .reward import Reward, check_reward
+from .reward.frames import All
+from .reward.protocol import FrameReward, frames_read, score
+from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a prediction is compared with; each part is there if the prediction has it.
+
+    Attributes:
+        target: The video that it should be, `(B, F, 3, H, W)` in [0, 1].
+        mask: `(B, F, 1, H, W)`: 1 where something was to be made.
+        latents: The predicted clean latents and the true ones, as the pipeline normalizes them.
+        outputs: What the denoiser returned and what it should have returned.
+    """
+
+    target: Tensor | None = None
+    mask: Tensor | None = None
+    latents: tuple[Tensor, Tensor] | None = None
+    outputs: tuple[Tensor, Tensor] | None = None
+
+
+class Term(ABC):
+    """One part of the objective, which is the sum of the terms' values.
+
+    A subclass of your own needs `score`; the rest are answers that it may give differently.
+
+    Attributes:
+        weight: Factor of the score; what it is worth has the sign of the objective, which rises.
+        kind: `reward` if the score should rise, `loss` if it should fall; for messages and plots.
+        normalize: Whether `value` wants the running statistics of the scores.
+        reads_pixels: Whether the video has to be decoded for it.
+        reads_latents: Whether it compares predicted latents with the true ones.
+        reads_base: Whether it compares predictions with those of the model without what is trained.
+        module: Network whose weights stay on the device, if there is one.
+        frame_loss: Loss of single frames, all of them, that can be taken while the video is decoded, if it is one.
+    """
+
+    weight: float
+    kind: ClassVar[Literal["reward", "loss"]] = "reward"
+    normalize: bool = False
+    reads_pixels: ClassVar[bool] = True
+    reads_base: ClassVar[bool] = False
+
+    @property
+    def reads_latents(self) -> bool:
+        """See the class."""
+        return False
+
+    @property
+    def module(self) -> nn.Module | None:
+        """See the class."""
+        return None
+
+    @property
+    def frame_loss(self) -> FrameLoss | None:
+        """See the class."""
+        return None
+
+    def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
+        """The frames of each sample that it reads, of videos of `total` frames; default: all."""
+        return [list(range(total)) for _ in seeds]
+
+    @abstractmethod
+    def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
+        """Differentiable scores `(B,)` in the term's own unit; see `Objective.scores`."""
+
+    def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
+        """What scores `(B,)` add to the objective, in float32 or more; statistics belong to a normalized term."""
+        sign = 1 if self.kind == "reward" else -1
+        return sign * self.weight * score.to(torch.promote_types(score.dtype, torch.float32))
+
+    def check(self, name: str, prompts: list[str], frames: int, size: tuple[int, int], device: torch.device) -> None:
+        """Raise a UsageError if it breaks its contract on a small video; default: nothing is tried."""
+        return
+
+
+@dataclass(frozen=True)
+class RewardTerm(Term):
+    """One reward, and how much of it is wanted.
+
+    Args:
+        reward: Scores videos.
+        weight: A negative one lowers the reward's score.
+        cap: In the reward's own unit. A score beyond it, in the direction in which the weight pushes, counts as `cap`
+            and has no gradient: `min(r, cap)` for a positive weight, `max(r, cap)` for a negative one.
+        target: In the reward's own unit. The score is replaced by `-|r - target|`.
+        normalize: Divide by the running standard deviation of the reward's scores, so that weights compare rewards of
+            different units; without a target, their running mean is subtracted too.
+
+    Raises:
+        UsageError: Both a cap and a target.
+    """
+
+    reward: Reward
+    weight: float = 1.0
+    cap: float | None = None
+    target: float | None = None
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cap is not None and self.target is not None:
+            raise UsageError("a term has a cap or a target, not both")
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The reward, if it is a network."""
+        return self.reward if isinstance(self.reward, nn.Module) else None
+
+    def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
+        """As `Term.frames_read`."""
+        return frames_read(self.reward, total, seeds)
+
+    def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
+        """The reward's scores `(B,)`."""
+        return score(self.reward, video, prompts, seeds)
+
+    def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
+        """As `Term.value`, of the score with its cap, target and normalization."""
+        value = score.to(torch.promote_types(score.dtype, torch.float32))
+        if self.target is not None:
+            value = -(value - self.target).abs()
+        elif self.cap is not None:
+            value = value.clamp(max=self.cap) if self.weight >= 0 else value.clamp(min=self.cap)
+        if self.normalize:
+            if statistics is None:
+                raise ValueError("a normalized term needs statistics")
+            value = (value if self.target is not None else value - statistics.mean) / statistics.std
+        return self.weight * value
+
+    def check(self, name: str, prompts: list[str], frames: int, size: tuple[int, int], device: torch.device) -> None:
+        """Score a small video and take the gradient; frames that are scored alone need no more than a few."""
+        frames = min(frames, 5) if isinstance(self.reward, FrameReward) else frames
+        check_reward(self.reward, name, prompts=prompts, frames=frames, size=size, device=device)
+
+
+@dataclass(frozen=True)
+class LossTerm(Term):
+    """A pixel loss against the target; it should fall.
+
+    Args:
+        loss: Compares videos.
+        weight: Positive.
+    """
+
+    loss: Loss
+    weight: float = 1.0
+    kind = "loss"
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The loss, if it is a network."""
+        return self.loss if isinstance(self.loss, nn.Module) else None
+
+    @property
+    def frame_loss(self) -> FrameLoss | None:
+        """The loss, if it compares every frame alone."""
+        return self.loss if isinstance(self.loss, FrameLoss) and isinstance(self.loss.frames, All) else None
+
+    def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
+        """As `Term.frames_read`."""
+        return frames_compared(self.loss, total, seeds)
+
+    def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
+        """The loss `(B,)`."""
+        if reference.target is None:
+            raise UsageError("a pixel loss needs data with a target: give a section data.clips")
+        return compare(self.loss, video, reference.target, reference.mask, seeds)
+
+
+@dataclass(frozen=True)
+class LatentTerm(Term):
+    """Mean squared error before the decoder; it should fall.
+
+    Args:
+        of: `latents`, of the predicted clean latents; `outputs`, of the denoiser's output, the usual diffusion loss.
+        weight: Positive.
+    """
+
+    of: Literal["latents", "outputs"]
+    weight: float = 1.0
+    kind = "loss"
+    reads_pixels = False
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether it compares latents."""
+        return self.of == "latents"
+
+    def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
+        """None of the frames."""
+        return [[] for _ in seeds]
+
+    def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
+        """The error `(B,)`, in float32."""
+        pair = getattr(reference, self.of)
+        if pair is None:
+            modes = {"latents": "one_step or denoise", "outputs": "denoise"}[self.of]
+            raise UsageError(f"a loss of {self.of} needs prediction.mode={modes}")
+        predicted, true = pair
+        return (predicted.float() - true.float()).square().flatten(1).mean(1)

@@ -1,0 +1,114 @@
+"""Repetition of the last denoising step from clean latents that are noised anew (DRaFT-LV, arXiv 2309.17400).
+
+What a pipeline does between its denoiser and its scheduler is inside its loop. To repeat the last step, the pipeline is
+therefore called once more; until the last step its denoiser returns a tensor of the right shape without running, and
+its scheduler lets the latents be. Then it hands over the noised clean latents, and the last step is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from ..common.errors import UsageError
+from .gradient_steps import GradientSteps
+
+
+class RecordedLastStep:
+    """Perform the steps of a rollout, and keep what a repetition of the last one needs.
+
+    Attributes:
+        clean: The latents after the last step, detached.
+    """
+
+    clean: Tensor
+
+    def __init__(self, steps: GradientSteps) -> None:
+        self.steps, self.loop, self.branches = steps, steps.loop, steps.branches
+        self._outputs: dict[nn.Module, Any] = {}
+        self._result: Any = None
+        self._timestep: Any = None
+        self._index: int | None = None
+
+    def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of `scheduler.step`."""
+        last = scheduler is self.loop.scheduler and self.loop.calls == self.loop.announced - 1
+        if last:
+            self._index = getattr(scheduler, "step_index", None)
+            self._timestep = (
+                inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs).arguments["timestep"]
+            )
+        result = self.steps.step(original, scheduler, *args, **kwargs)
+        if last:
+            self._result = tree_map_only(Tensor, Tensor.detach, result)
+            self.clean = tree_leaves(self._result)[0]
+        return result
+
+    def forward(self, original: Callable[..., Any], denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of `denoiser.forward`."""
+        output = self.steps.forward(original, denoiser, *args, **kwargs)
+        self._outputs[denoiser] = tree_map_only(Tensor, Tensor.detach, output)
+        return output
+
+    def output(self, denoiser: nn.Module) -> Any:
+        """Some output of the denoiser, which has the shape and the type of all."""
+        return self._outputs[denoiser]
+
+    def result(self, latents: Tensor) -> Any:
+        """The scheduler's result if the latents were these, in a tuple or object of its own; all else in it is None."""
+        leaves, structure = tree_flatten(self._result)
+        return tree_unflatten([latents, *[None] * (len(leaves) - 1)], structure)
+
+    def noised(self, scheduler: Any, noise: Tensor) -> Tensor:
+        """Noise the clean latents to the level of the last step, and set the scheduler to that step.
+
+        Raises:
+            UsageError: The scheduler has no forward process.
+        """
+        if self._index is not None:
+            scheduler._step_index = self._index
+        times = torch.as_tensor(self._timestep).reshape(1).to(self.clean.device)
+        if hasattr(scheduler, "scale_noise"):  # of flow matching
+            return scheduler.scale_noise(sample=self.clean, timestep=times, noise=noise)
+        if hasattr(scheduler, "add_noise"):
+            return scheduler.add_noise(original_samples=self.clean, noise=noise, timesteps=times)
+        raise UsageError(
+            f"LowVariance: {type(scheduler).__name__} cannot add noise to clean latents; use another scheduler, or "
+            "LastSteps(1)"
+        )
+
+
+class RepeatedLastStep:
+    """Perform the last step of a recorded rollout on fresh noise, and none of those before it.
+
+    Args:
+        steps: Of the call that repeats it.
+        record: Of the rollout.
+        noise: Of the shape of its latents.
+    """
+
+    def __init__(self, steps: GradientSteps, record: RecordedLastStep, noise: Tensor) -> None:
+        self.loop, self.branches = steps.loop, steps.branches
+        self._steps, self._record, self._noise = steps, record, noise
+
+    def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of `scheduler.step`."""
+        if scheduler is not self.loop.scheduler or self._is_last():
+            return self._steps.step(original, scheduler, *args, **kwargs)
+        self._steps.advance()
+        latents = self._record.noised(scheduler, self._noise) if self._is_last() else self._record.clean
+        return self._record.result(latents)
+
+    def forward(self, original: Callable[..., Any], denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of `denoiser.forward`."""
+        if self._is_last():
+            return self._steps.forward(original, denoiser, *args, **kwargs)
+        return self._record.output(denoiser)
+
+    def _is_last(self) -> bool:
+        return self.loop.calls >= self.loop.announced - 1

@@ -1,0 +1,124 @@
+"""What a run computes with, from its config; the same for the trainer and for the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..common.errors import UsageError
+from ..common.loading import construct
+from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
+from ..objective.objective import Objective
+from ..sampling.rollout import check_call
+from . import guard
+from .config import Config, Guard
+from .data import clip_encoder
+from .lora import lora_config
+from .methods import DirectGradient
+from .models import check_prediction, load_objective, load_pipeline
+from .optimizers import make_optimizer, make_schedule
+from .state import TrainState
+from .trainable import LoraOnDenoisers, Trainable
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks of a run: the pipeline on the CPU with what is trained in it, and the objective on the device."""
+
+    pipe: Any
+    objective: Objective
+    trainable: Trainable
+
+
+def load_models(
+    config: Config,
+    device: torch.device,
+    calls: Sequence[Mapping[str, Any]],
+    new_weights: AbstractContextManager[Any] | None = None,
+) -> Models:
+    """Load what a config names; what can be wrong is looked at first, the cheap things before the slow ones.
+
+    Args:
+        config: Of the run.
+        device: Where rewards and losses go.
+        calls: Arguments of the pipeline's call for each shape of video that it will make.
+        new_weights: Context in which the trained weights are made.
+
+    Raises:
+        UsageError: A model, scheduler, call, reward, loss or layer that is not there or does not fit.
+    """
+    pipe = load_pipeline(config.model)
+    check_prediction(pipe, config)
+    for call in calls:
+        check_call(pipe, {**call, **config.prediction.columns})
+    objective = load_objective(config.rewards, device, config.losses)
+    adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
+    torch.manual_seed(config.run.seed)  # the first weights
+    with nullcontext() if new_weights is None else new_weights:
+        trainable = LoraOnDenoisers(pipe, adapter, config.model.gradient_checkpointing)
+    return Models(pipe, objective, trainable)
+
+
+def make_method(
+    config: Config, models: Models, phases: Callable[[str], AbstractContextManager[None]], **changes: Any
+) -> DirectGradient:
+    """The way to train that a config asks for.
+
+    Args:
+        config: Of the run.
+        models: Of `load_models`.
+        phases: Context of each named part of a step.
+        changes: Attributes of the method that differ from the config's.
+    """
+    settings: dict[str, Any] = {
+        "pipe": models.pipe,
+        "call": dict(config.model.call),
+        "objective": models.objective,
+        "steps": config.gradient.step_policy(),
+        "backprop": config.gradient.policy(),
+        "batch_size": config.train.batch_size,
+        "phases": phases,
+        "prediction": config.prediction.policy(clip_encoder(config)),
+    }
+    return DirectGradient(**{**settings, **changes})
+
+
+def make_witnesses(config: Config) -> dict[str, Witness]:
+    """The witnesses that a config asks for, their networks on the CPU.
+
+    Raises:
+        UsageError: As `load_witness`.
+    """
+    own = {name: witness for name, witness in config.witnesses.items() if witness is not None}
+    return {
+        name: load_witness(name, own[name].name, own[name].args) if name in own else BUILT_IN[name]()
+        for name in config.watched
+    }
+
+
+def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
+    """The guard that a config asks for.
+
+    Raises:
+        UsageError: A guard of the user's own that is none.
+    """
+    if config.name is not None:
+        made = construct("guard", config.name, config.name, dict(config.args))
+        if not isinstance(made, guard.Guard):
+            raise UsageError(f"guard.name: {config.name} made a {type(made).__name__}, expected a training.guard.Guard")
+        return made
+    asked = {name: None if bound is None else Bounds.of(bound) for name, bound in config.bounds.items()}
+    bounds = {name: witness.bounds for name, witness in witnesses.items()} | asked
+    return guard.BoundsAndPatience(
+        {name: bound for name, bound in bounds.items() if bound is not None}, config.patience, config.on_breach
+    )
+
+
+def make_state(config: Config, trainable: Trainable) -> TrainState:
+    """The state of a run before its first step."""
+    optimizer = make_optimizer(trainable.parameters, config.train)
+    return TrainState(trainable, optimizer, make_schedule(optimizer, config.train))

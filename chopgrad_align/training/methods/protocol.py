@@ -1,0 +1,57 @@
+"""The protocol of training methods, and the micro-batch that they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ...objective.objective import Objective
+from ...objective.statistics import Statistics
+from ...sampling.predictions.protocol import Videos
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What differs from one micro-batch to the next.
+
+    Attributes:
+        inputs: Of the pipeline's call, for these videos: prompts or their embeddings, images, generators.
+        prompts: What the rewards are told.
+        frame_seeds: Decide which frames random samplers choose, one a video.
+        weights: How much each term counts in each video; default 1.
+        seeds: Of what the prediction draws, one a video.
+        steps_seed: Of what a sampling policy draws; the same for all videos of a batch.
+        videos: Of data with clips: `(B, F, C, H, W)` in [0, 1] for each role.
+    """
+
+    inputs: Mapping[str, Any]
+    prompts: list[str]
+    frame_seeds: list[int]
+    weights: Mapping[str, list[float]] | None = None
+    seeds: Sequence[int] = ()
+    steps_seed: int = 0
+    videos: Videos = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """A way to train; holds the pipeline and the objective, and nothing that changes from step to step."""
+
+    @property
+    def objective(self) -> Objective:
+        """The terms that are to rise."""
+        ...
+
+    def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
+        """Add the gradient of a micro-batch to `.grad` of the trained weights.
+
+        Args:
+            batch: On the pipeline's device.
+            statistics: Running ones, of each normalized term.
+
+        Returns:
+            A row for each video, float32: the objective, the score of each term, the value of each term.
+        """
+        ...
