@@ -28,12 +28,18 @@ from .sampling.rollout import rollout
 from .sampling.steps import LastSteps, LowVariance, RandomLast, RandomSteps, StepPlan, StepPolicy, Steps
 
 if TYPE_CHECKING:
+    from .evaluation.witnesses import Bounds, Witness
     from .training.config import load_config
+    from .training.guard import Guard, Verdict
     from .training.lora import add_lora, load_lora
     from .training.run import train
 
 # What is above imports torch alone; these bring accelerate, peft and the like, and load when they are asked for.
 _LATER = {
+    "Bounds": ".evaluation.witnesses",
+    "Guard": ".training.guard",
+    "Verdict": ".training.guard",
+    "Witness": ".evaluation.witnesses",
     "add_lora": ".training.lora",
     "load_config": ".training.config",
     "load_lora": ".training.lora",
@@ -42,6 +48,7 @@ _LATER = {
 
 __all__ = [
     "Backprop",
+    "Bounds",
     "Decoder",
     "Exact",
     "FrameLoss",
@@ -50,6 +57,7 @@ __all__ = [
     "Frames",
     "Full",
     "Groupwise",
+    "Guard",
     "LastSteps",
     "Loss",
     "LowVariance",
@@ -62,7 +70,9 @@ __all__ = [
     "Steps",
     "Truncated",
     "UsageError",
+    "Verdict",
     "VideoLoss",
+    "Witness",
     "add_lora",
     "check_reward",
     "decode",

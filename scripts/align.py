@@ -1,8 +1,16 @@
 """Fine-tune a video diffusion pipeline by rewards and losses on its decoded pixels.
 
-accelerate launch scripts/align.py                                              # the embedded pipeline
-accelerate launch scripts/align.py --config configs/wan2.1_t2v_1.3b_hps.yaml train.steps=500
-accelerate launch scripts/align.py --config runs/mine/config.yaml --resume
+accelerate launch -q scripts/align.py                                              # the embedded pipeline
+accelerate launch -q scripts/align.py --config configs/wan2.1_t2v_1.3b_hps.yaml train.steps=500
+accelerate launch -q scripts/align.py --config runs/mine/config.yaml --resume
+
+A config is code: the files that it names as rewards are executed. Load only those that you trust.
+
+`--resume` is the one command of a job that is started again and again: it begins a run, goes on with one that was cut
+off, and does nothing for one that is complete. SIGINT (Ctrl-C), SIGTERM and SIGUSR1 end the step, save, export and
+report; a second signal ends at once. Exit status: 0, done; 2, a usage error, in one line; 128 + signal, ended early.
+With `-q`, accelerate does not bury that line under a traceback of its own, but makes every status but 0 a 1; for one
+process `python scripts/align.py` is the same and passes them on.
 """
 
 import argparse
@@ -13,7 +21,8 @@ from chopgrad_align.common.errors import exit_on_usage_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="a complete run (default: configs/embedded.yaml)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in run.folder from its last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in run.folder, or begin it")
+    parser.add_argument("--allow-changed", action="store_true", help="resume though files have changed that it reads")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="load and check everything, and stop before sampling")
     parser.add_argument(
@@ -32,7 +41,7 @@ def main() -> None:
             return
         from chopgrad_align.training.run import train
 
-        result = train(config, resume=args.resume, dry_run=args.dry_run)
+        result = train(config, args.resume, args.dry_run, args.allow_changed)
         if result is not None:
             from chopgrad_align.evaluation.changes import summary
 

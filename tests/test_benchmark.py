@@ -196,6 +196,7 @@ def test_a_decoder_without_a_recurrence_has_one_unit_a_latent_frame():
         (["--figures", "BROKEN/broken.mp4"], "--figures: cannot read"),
         (["--frames", 7], "choose --frames and --size"),
     ],
+    ids=["folder", "repetitions", "short", "empty", "broken", "figures", "size"],
 )
 def test_mistakes_are_told_in_words(bench, model, tmp_path, capsys, arguments, message):
     write_video(tmp_path / "clips" / "short.mp4", torch.rand(5, 3, 16, 16), fps=8)

@@ -142,7 +142,7 @@ def test_the_section_on_gradients_becomes_a_policy():
         (["train.betas=[0.9,1.0]"], r"train.betas.1: expected less than 1, got 1.0$"),
         (["validation.pairs=1"], r"validation.pairs: expected greater than or equal to 2, got 1$"),
         (["lora.targets=3"], r"least.yaml: lora.targets: expected a list of strings, or one string, got 3$"),
-        (["lora.targets=[to_q,[]]"], r"lora.targets.1: expected a valid string, got \[\]$"),
+        (["lora.targets=[to_q,[]]"], r"lora.targets: expected a list of strings, or one string, got \['to_q', \[\]\]$"),
         (
             ["model.gradient_checkpointing=perhaps"],
             r"model.gradient_checkpointing: expected a valid boolean, .*'perhaps'",

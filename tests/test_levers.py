@@ -11,7 +11,7 @@ from lazy_streams import WAITS, Streams
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from chopgrad_align import Exact, Truncated, UsageError, decode
+from chopgrad_align import Exact, Truncated, UsageError, decode, decode_loss
 from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.decoding.graph import Graph
 from chopgrad_align.decoding.memory_efficient_layers import MemoryEfficientLayers, framewise
@@ -64,7 +64,13 @@ def test_one_trained_weight_beside_a_frozen_one_gets_its_gradient(trained):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-SMALL = {**CONVOLUTIONS, "padded": {"padding": (1, 2, 0)}, "grouped_only": {"groups": 2}, "dilated": {"dilation": 2}}
+SMALL = {
+    **CONVOLUTIONS,
+    "same": {"padding": "same"},
+    "padded": {"padding": (1, 2, 0)},
+    "grouped_only": {"groups": 2},
+    "dilated": {"dilation": 2},
+}
 
 
 @pytest.mark.parametrize("settings", SMALL.values(), ids=SMALL.keys())
@@ -190,6 +196,7 @@ HOSTED = {
     "groups": Exact(cache="host", checkpoint=False),
     "rows": Exact(cache="host", rows=5),
     "band": Truncated(1, cache="host"),
+    "apart": Truncated(0, cache="host", checkpoint=False),
 }
 
 
@@ -210,6 +217,21 @@ def test_copies_on_another_stream_are_waited_for(hosted, monkeypatch):
     assert torch.equal(pixels, vae.decode(latents).sample)
     assert torch.equal(gradient(weighted(pixels), latents), expected)
     assert not any(place._in_transit or place._prefetched for place in places)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["blocks", "groups"])
+def test_copies_of_one_pass_are_waited_for(checkpoint, monkeypatch):
+    vae, latents = tiny_vaes.wan_vae(), torch.randn(1, 4, 3, 2, 2, requires_grad=True)
+
+    def loss():
+        backprop = Truncated(0, cache="host", checkpoint=checkpoint)
+        return decode_loss(vae, latents, lambda pixels, frames: pixels.square().sum(), backprop)
+
+    expected = gradient(loss(), latents)
+    places, value = Streams().install(monkeypatch), loss()
+    assert places
+    assert not any(place._in_transit or place._prefetched for place in places)
+    assert torch.equal(gradient(value, latents), expected)
 
 
 @pytest.mark.parametrize("ignored", WAITS)

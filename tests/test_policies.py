@@ -10,7 +10,7 @@ from gradients import gradient, relative_error, weighted
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from chopgrad_align import Backprop, Exact, Groupwise, Truncated, UsageError, decode, decode_loss
+from chopgrad_align import Backprop, Exact, Full, Groupwise, Truncated, UsageError, decode, decode_loss
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def test_a_new_policy_has_the_settings_of_all():
     latents = torch.randn(1, 4, 3, 2, 2, requires_grad=True)
     exact, own = (decode(vae, latents, policy) for policy in (Exact(saturated="pass"), Damped(1.0, saturated="pass")))
     assert torch.equal(*(gradient(weighted(pixels), latents) for pixels in (own, exact)))
+    assert [policy.one_pass for policy in (Truncated(0), Truncated(1), Exact(), Full())] == [True, False, False, False]
     with pytest.raises(UsageError, match=r"Damped\(cache='disk'\): expected 'device', 'host' or 'recompute'"):
         Damped(1.0, cache="disk")
     with pytest.raises(UsageError, match=r"Plain\(saturated='no'\): expected 'zero' or 'pass'"):

@@ -12,7 +12,7 @@ from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.procedural import texture_clip
 from chopgrad_align.data.video import write_video
 from chopgrad_align.evaluation.curves import draw_curves, read_metrics, smoothed
-from chopgrad_align.evaluation.heldout import _t_test_p, paired
+from chopgrad_align.evaluation.heldout import _t_quantile, _t_test_p, paired, paired_where_finite
 from chopgrad_align.evaluation.report import write_report
 
 PROMPTS = ["a red <star>", "a blue & white ring"]
@@ -55,6 +55,7 @@ def fill(run):
 )
 def test_p_values_are_those_of_the_tables(t, freedom, p):
     assert _t_test_p(t, freedom) == pytest.approx(p, rel=1e-3)
+    assert _t_quantile(freedom, p) == pytest.approx(t, rel=1e-4)
 
 
 def test_p_values_of_two_degrees_of_freedom_have_a_closed_form_far_into_the_tail():
@@ -71,6 +72,8 @@ def test_paired_statistics():
     assert result.gain_in_stds == pytest.approx(2)
     t = 2 * math.sqrt(3)  # differences 1, 2, 3
     assert result.p_value == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert result.margin == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)  # t of two degrees of freedom
+    assert result.ratio == 2
     assert str(result) == "2 ± 0.58 before, 4 ± 1.2 after: +2 (+2.00 standard deviations, p = 0.07, n = 3)"
 
 
@@ -127,6 +130,14 @@ def test_paired_statistics_refuse(before, after, message):
         paired(before, after)
     with pytest.raises(UsageError, match="the condition of each pair of scores, got 1 for 2"):
         paired([1.0, 2.0], [1.0, 2.0], ["a"])
+
+
+def test_scores_that_are_not_finite_can_be_left_out():
+    some = paired_where_finite([1.0, math.nan, 2.0, 3.0], [2.0, 1.0, 4.0, math.inf], [5, 6, 7, 8])
+    assert some == paired([1.0, 2.0], [2.0, 4.0])
+    assert paired_where_finite([1.0, math.nan], [1.0, 1.0], [0, 1]) is None
+    with pytest.raises(UsageError, match="2 before and 1 after"):
+        paired_where_finite([1.0, 2.0], [1.0], [0, 1])
 
 
 def test_metrics_of_an_interrupted_and_resumed_run(tmp_path):
@@ -197,6 +208,27 @@ def test_the_report_tests_conditions(tmp_path):
     assert "the same 4 pairs" in html
     p = paired(scores["before"], scores["after"], scores["conditions"]).p_value
     assert f"p&nbsp;=&nbsp;{p:.1g} (paired t-test, n&nbsp;=&nbsp;2 conditions, 4 pairs)" in html
+
+
+def test_the_report_shows_witnesses_and_what_the_guard_remarked(tmp_path):
+    fill(tmp_path)
+    scores = json.loads((tmp_path / "heldout.json").read_text()) | {
+        "witnesses": {"motion": {"before": [1, 2, 3], "after": [0.5, 1.5, None]}},
+        "terms": {"clip_score": {"before": [1, 2, 3], "after": [2, 3, 4]}},
+        "bounds": {"motion": [0.8, None]},
+        "remarks": ["motion fell to 0.67 of the base model's (bound 0.8) at step 6"],
+    }
+    (tmp_path / "heldout.json").write_text(json.dumps(scores))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for step, motion in ((0, 1.5), (6, 1.0)):
+            file.write(
+                json.dumps({"step": step, "heldout/witness/motion": motion, "heldout/witness/distance": 0}) + "\n"
+            )
+    draw_curves(tmp_path)
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<li>motion fell to 0.67 of the base model&#39;s (bound 0.8) at step 6</li>" in html
+    assert '0.67 ✗</td><td class="number">-0.5 [-0.5, -0.5]</td><td class="soft">≥ 0.8</td>' in html
+    assert "part of the objective" in html
 
 
 def test_the_report_leaves_out_what_is_missing(tmp_path):

@@ -244,6 +244,18 @@ def test_recomputation_casts_as_the_forward_pass_did(monkeypatch):
     assert close(gradient(pipe, frames), gradient(pipe, kept), 2e-2)
 
 
+@pytest.mark.parametrize("policy", [Steps([0, 2]), LastSteps(2, unconditional=False)], ids=["between", "unconditional"])
+def test_casts_without_a_graph_are_not_used_again(policy):
+    """Autocast keeps the weights that it has cast, those of a prediction without gradient too."""
+    pipe, call = make("wan_euler")
+    grads = []
+    for cached in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            frames = rollout(pipe, policy, **call, generator=generators())
+        grads.append(gradient(pipe, frames))
+    assert close(grads[0], grads[1], 2e-2)
+
+
 def test_gradient_checkpointing_of_the_denoiser_adds_up(monkeypatch):
     pipe, call = make("wan_euler")
     kept = gradient(pipe, reference(pipe, 2, monkeypatch, **call))
@@ -450,6 +462,13 @@ def test_bad_values_of_other_pipelines():
         pipe, call = make(kind)
         with pytest.raises(UsageError, match=message):
             check_call(pipe, {**call, **wrong})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5], ids=["negative", "long", "fraction"])
+def test_bad_seeds_of_a_policy(seed):
+    pipe, call = make("wan_unipc")
+    with pytest.raises(UsageError, match=r"rollout: steps_seed=.*: expected a "):
+        rollout(pipe, **call, steps_seed=seed)
 
 
 def test_a_far_name_is_not_offered():

@@ -21,9 +21,10 @@ from chopgrad_align import (
     rollout,
 )
 from chopgrad_align.decoding.backprop import Full
+from chopgrad_align.sampling.gradient_steps import with_constant_latents
 from chopgrad_align.sampling.guidance_branches import GuidanceBranches
 from chopgrad_align.sampling.last_step import RecordedLastStep
-from chopgrad_align.sampling.rollout import check_call, clips
+from chopgrad_align.sampling.rollout import check_call, rollout_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
@@ -53,7 +54,7 @@ def problem():
 
 
 def latents_of(pipe, policy, call, **options) -> list[Tensor]:
-    return [made.video for made in clips(pipe, call, policy, Full(), output_type="latent", **options)]
+    return [made.video for made in rollout_parts(pipe, call, policy, Full(), output_type="latent", **options)]
 
 
 def predictor(pipe, call):
@@ -142,12 +143,12 @@ def test_each_choice_is_another_gradient(problem):
 
 @dataclass(frozen=True)
 class Stratified:
-    """A policy of a user: one step of each quarter of the schedule, as DRTune draws them."""
+    """A policy of a user: one step of each half of the schedule, as DRTune draws them."""
 
     def plan(self, num_steps: int, seed: int) -> StepPlan:
         stride = num_steps // 2
         offset = seed % stride
-        return StepPlan(frozenset(range(offset, num_steps, stride)), detach_input=True)
+        return StepPlan(range(offset, num_steps, stride), detach_input=True)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -155,7 +156,7 @@ def test_a_policy_from_outside(seed, problem):
     pipe, call = problem("wan_euler")
     check_call(pipe, call, Stratified())
     [ours] = latents_of(pipe, Stratified(), call, steps_seed=seed)
-    expected = by_hand(pipe, call, StepPlan(frozenset([seed, seed + 2]), detach_input=True))
+    expected = by_hand(pipe, call, StepPlan([seed, seed + 2], detach_input=True))
     assert distance(gradient(pipe, ours), gradient(pipe, expected)) < 1e-10
 
 
@@ -164,7 +165,7 @@ def test_an_impossible_plan_from_outside_is_refused(problem):
 
     class Wrong:
         def plan(self, num_steps, seed):
-            return StepPlan(frozenset(seed * [num_steps]))
+            return StepPlan(seed * [num_steps])
 
     for seed, steps in ((0, r"\[\]"), (1, r"\[4\]")):
         with pytest.raises(UsageError, match=f"planned the steps {steps}: expected at least one, and each from 0 to 3"):
@@ -228,7 +229,7 @@ def test_clips_of_low_variance(problem):
     assert frames.shape[0] == 3 * 2
     assert torch.equal(frames[:2], plain(pipe, **call))
     assert torch.equal(frames, rollout(pipe, LowVariance(2), **call, generator=generators()))
-    assert [made.share for made in clips(pipe, call, LowVariance(2), Exact())] == [1 / 3] * 3
+    assert [made.share for made in rollout_parts(pipe, call, LowVariance(2), Exact())] == [1 / 3] * 3
     with torch.no_grad():
         assert torch.equal(rollout(pipe, LowVariance(2), **call, generator=generators()), frames)
     once = {**call, "num_inference_steps": 1}
@@ -256,6 +257,12 @@ def hooked(module, hook):
         handle.remove()
 
 
+def constant_half(prediction: Tensor) -> Tensor:
+    """A double batch whose first half is unconditional."""
+    unconditional, conditional = prediction.chunk(2)
+    return torch.cat([unconditional.detach(), conditional])
+
+
 def test_an_unconditional_call_of_its_own_is_not_run_again(problem):
     pipe, call = problem("wan_euler")
     counts = []
@@ -274,14 +281,21 @@ def test_unconditional_half_of_a_batch_without_a_name(kind, problem):
     call = {**call, "num_inference_steps": 2}
     [ours] = latents_of(pipe, LastSteps(1, unconditional=False), {**call, "generator": generators()})
 
-    def halves(prediction: Tensor) -> Tensor:
-        unconditional, conditional = prediction.chunk(2)
-        return torch.cat([unconditional.detach(), conditional])
-
-    with hooked(pipe.unet, lambda module, args, output: tree_map_only(Tensor, halves, output)):
+    with hooked(pipe.unet, lambda *seen: tree_map_only(Tensor, constant_half, seen[-1])):
         [expected] = latents_of(pipe, LastSteps(1), {**call, "generator": generators()})
     assert torch.equal(ours, expected)
     assert distance(gradient(pipe, ours), gradient(pipe, expected)) < 1e-10
+
+
+def test_constant_latents_leave_the_output_of_a_controlnet(problem):
+    """It goes into the UNet beside the latents, and carries the gradient of its own weights."""
+    unet = problem("animatediff")[0].unet
+    latents, text, residual = (torch.zeros(1, requires_grad=True) for _ in range(3))
+    args, kwargs = with_constant_latents(unet, (latents, 0, text), {"mid_block_additional_residual": residual})
+    assert [value.requires_grad for value in (args[0], args[2])] == [False, True]
+    assert kwargs["mid_block_additional_residual"] is residual
+    with pytest.raises(UsageError, match="call of Linear has none of the arguments audio_hidden_states, "):
+        with_constant_latents(torch.nn.Linear(1, 1), (latents,), {})
 
 
 def test_branches_that_cannot_be_told_are_refused():

@@ -66,9 +66,9 @@ def test_run_folder(finished):
     }  # fmt: skip
     assert load_config(run.config) == finished.config
     assert run.config.read_text().startswith(f"# accelerate launch scripts/align.py --config {run.config}")
-    assert [path.name for path in run.all_checkpoints()] == ["step-000002", "step-000003", "step-000004"]
-    assert {path.name for path in run.latest_checkpoint().iterdir()} == {
-        "lora.safetensors", "optimizer.pt", "progress.json",
+    assert run.checkpoints.steps() == [2, 3, 4]
+    assert {path.name for path in run.checkpoints.path(4).iterdir()} == {
+        "lora.safetensors", "optimizer.pt", "progress.json", "manifest.json",
     }  # fmt: skip
     assert {path.name for path in run.samples.iterdir() if path.is_dir()} == {
         "before", "step-000002", "step-000004", "after",
@@ -589,7 +589,7 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint(configure, tmp_path, m
         patch.setattr(Path, "write_bytes", write)
         with pytest.raises(UsageError, match=FULL):
             train(configure(*options))
-    assert RunFolder(tmp_path / "run").latest_checkpoint().name == "step-000001"
+    assert RunFolder(tmp_path / "run").checkpoints.steps() == [0, 1]
     assert train(configure(*options), resume=True).count == 2
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,3 +32,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise UsageError(
             f"cannot write {path}: {error.strerror or error}; free some space, or choose a place that can be written to"
         ) from error
+
+
+def flush_to_disk(paths: Iterable[Path]) -> None:
+    """Make files and folders (their entries, not what is in them) survive a loss of power.
+
+    On Windows only files, since folders cannot be opened there.
+    """
+    windows = os.name == "nt"
+    for path in paths:
+        if windows and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

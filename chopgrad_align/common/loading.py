@@ -15,7 +15,7 @@ from types import ModuleType
 
 from torch import nn
 
-from .arguments import nearest
+from .arguments import nearest, shown, usable_path
 from .errors import UsageError
 
 _SPELLINGS = "a published name, 'package.module:Class' or 'path/to/file.py:Class'"
@@ -56,8 +56,13 @@ def construct(kind: str, name: str, location: str, args: dict[str, object]) -> o
     _check_arguments(factory, what, args)
     try:
         made = factory(**args)
+    except UsageError:
+        raise
     except ModuleNotFoundError as error:  # imported when it is used
         raise _missing(what, error) from error
+    except Exception as error:  # the class is someone else's code, and its arguments are the user's
+        given = ", ".join(f"{key}={shown(value)}" for key, value in args.items()) or "no arguments"
+        raise UsageError(f"{what} cannot be made with {given}; it failed {_failure(error)}") from error
     if isinstance(made, nn.Module):
         made.requires_grad_(False).eval()
     return made
@@ -84,7 +89,7 @@ def _module(location: str, what: str) -> ModuleType:
 
 
 def _file(location: str, kind: str, what: str) -> ModuleType:
-    path = Path(location).expanduser().resolve()
+    path = Path(usable_path(location)).expanduser().resolve()
     if not path.is_file():
         raise UsageError(f"{what}: no such file {path}")
     # A private name: the file can be called like any installed module and still hides none.
@@ -110,9 +115,14 @@ def _import_error(location: str, what: str, error: Exception) -> UsageError:
                 "or for a file of yours write 'path/to/file.py:Class'"
             )
         return _missing(what, error)
+    return UsageError(f"{what}: importing {location} failed {_failure(error)}")
+
+
+def _failure(error: Exception) -> str:
+    """The place and the reason of an error in someone else's code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{last.filename}:{last.lineno}"
-    return UsageError(f"{what}: importing {location} failed at {place}: {type(error).__name__}: {error}")
+    return f"at {place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _missing(what: str, error: ModuleNotFoundError) -> UsageError:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -47,12 +47,12 @@ class StorageCount(TorchDispatchMode):
         self._sizes: dict[int, tuple[int, bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._sizes and storage._cdata not in known:
+        uncounted = [storage for storage in _storages(result) if storage._cdata not in self._sizes]
+        if uncounted:
+            known = {storage._cdata for storage in _storages((args, kwargs))}
+            for storage in uncounted:
+                if storage._cdata not in known and storage._cdata not in self._sizes:
                     self._sizes[storage._cdata] = storage.nbytes(), _on_host.get()
                     self._add(storage.nbytes(), _on_host.get())
                     weakref.finalize(storage, self._freed, storage._cdata)
@@ -69,3 +69,7 @@ class StorageCount(TorchDispatchMode):
         else:
             self.now += size
             self.peak = max(self.peak, self.now)
+
+
+def _storages(values: Any) -> list[UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

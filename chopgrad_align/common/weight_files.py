@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,13 +52,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def difference(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The first weight, by name, that is missing, unexpected or of another shape, in words; empty if there is none."""
+    shapes, expected = ({key: tuple(value.shape) for key, value in state.items()} for state in (given, wanted))
+    for key in sorted(shapes.keys() | expected.keys()):
+        if key not in shapes:
+            return f"{key!r} is missing"
+        if key not in expected:
+            return f"{key!r} is not expected"
+        if shapes[key] != expected[key]:
+            return f"{key!r} is {shapes[key]}, expected {expected[key]}"
+    return ""
+
+
 def fill_weights(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Fill `module` with `state`, read from `path`; names and shapes must be equal."""
-    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
-    if wanted != given:
-        key = sorted(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))[0]
-        raise ValueError(f"{path} holds other weights: {key!r} is {given.get(key)}, expected {wanted.get(key)}")
+    if found := difference(state, module.state_dict()):
+        raise ValueError(f"{path} holds other weights: {found}")
     module.load_state_dict(state)
 
 

@@ -6,11 +6,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..common.errors import UsageError
+from ..common.arguments import readable_text, shown, usable_path
+from ..common.errors import UsageError, located
+
+_MOST_CHARACTERS = 20_000  # of a prompt: several times what any text encoder reads
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def read_conditions(path: str | Path) -> list[Condition]:
             that row count (1 where it is empty), and `weight.NAME` how much the reward called NAME does.
 
     Raises:
-        UsageError: no such file, another format, no rows, a row with nothing in it, or a weight that is no number.
+        UsageError: no such file, another format, no rows, a row with nothing in it, a prompt that is a whole text or
+            has control characters, or a weight that is no number.
     """
     path = Path(path)
     conditions = [_condition(path, line, row) for line, row in read_rows(path)]
@@ -67,7 +71,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
         UsageError: no such file, another format, or lines that are not of it.
     """
     readers = {".txt": _text_rows, ".csv": _csv_rows, ".jsonl": _json_rows}
-    if path.suffix not in readers:
+    if Path(usable_path(str(path))).suffix not in readers:
         raise UsageError(f"expected a prompt file that ends in {', '.join(readers)}, got {path}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark, as Excel writes it, is dropped
@@ -78,6 +82,24 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     return readers[path.suffix](path, text)
 
 
+def check_images(conditions: Iterable[Condition]) -> None:
+    """Look at the head of each first image.
+
+    Raises:
+        UsageError: One is no picture.
+    """
+    from PIL import Image
+
+    for path in {condition.image for condition in conditions if condition.image}:
+        try:
+            with Image.open(path):
+                pass
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UsageError(
+                f"cannot read the image {path} ({error}); give a picture, such as a png or a jpg"
+            ) from error
+
+
 def _condition(path: Path, line: int, row: dict) -> Condition:
     values = {key: row.get(key) or "" for key in ("prompt", "image")}
     for key, value in values.items():
@@ -85,8 +107,16 @@ def _condition(path: Path, line: int, row: dict) -> Condition:
             raise UsageError(f"{path}, line {line}: expected text as `{key}`, got {value!r}")
     prompt, image = (value.strip() for value in values.values())
     if not (prompt or image):
-        columns = ", ".join(map(str, row)) or "nothing"
+        columns = ", ".join(map(str, row))[:200] or "nothing"
         raise UsageError(f"{path}, line {line}: expected a `prompt` or an `image`, found neither (columns: {columns})")
+    if len(prompt) > _MOST_CHARACTERS:
+        raise UsageError(
+            f"{path}, line {line}: a prompt of {len(prompt):,} characters, of which no text encoder reads more than "
+            f"{_MOST_CHARACTERS:,}; write one prompt a line"
+        )
+    with located(f"{path}, line {line}"):
+        readable_text(prompt.translate(_SPACES))
+        usable_path(image or "none")
     if image and not (path.parent / image).is_file():
         raise UsageError(f"{path}, line {line}: no image {path.parent / image}; paths are relative to the file")
     weights = {
@@ -101,15 +131,17 @@ def _weight(path: Path, line: int, key: str, value: object) -> float:
     if value is None or value == "":
         return 1.0
     try:
-        weight = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not math.isfinite(weight):
-        raise UsageError(f"{path}, line {line}: expected a finite number as `{key}`, got {value!r}")
+        raise UsageError(f"{path}, line {line}: expected a finite number as `{key[:60]}`, got {shown(value)}")
     return weight
 
 
 # The formats.
+
+_SPACES = str.maketrans("\t\r\n", "   ")  # a cell may have several lines
 
 
 def _text_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
@@ -119,11 +151,23 @@ def _text_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text))
-    for row in reader:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a long cell may be in a column of others
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UsageError(
+            f"{path}, line {reader.line_num}: not CSV ({error}); close quotes, and double those inside"
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+    columns = list(reader.fieldnames or [])
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise UsageError(f"{path} has two columns {shown(twice[0])}; give each a name of its own")
+    for line, row in rows:
         if None in row:  # more cells than columns
-            raise UsageError(f'{path}, line {reader.line_num}: write a prompt that has a comma in "double quotes"')
-        yield reader.line_num, row
+            raise UsageError(f'{path}, line {line}: write a prompt that has a comma in "double quotes"')
+        yield line, row
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
@@ -131,7 +175,9 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except RecursionError:
+                raise UsageError(f"{path}, line {number}: nested too deeply; write one object a line") from None
+            except ValueError as error:  # not JSON, or a number of thousands of digits
                 raise UsageError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
             if not isinstance(row, dict):
                 raise UsageError(f"{path}, line {number}: expected an object with a `prompt`, got {line.strip()[:40]}")

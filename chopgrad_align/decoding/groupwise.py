@@ -130,7 +130,7 @@ class GroupwiseGradient:
                 pending = run.vjp(pairs, total)[: self.distance]
                 del run  # before the next one is made
             else:
-                pending = [[] for _ in pairs][: self.distance]
+                pending = []
 
     def _cotangent_pairs(self, own: Tensor | None, pending: list[CacheCotangents]) -> list[CotangentPair]:
         if self.distance is None:  # all later groups share one, because a vector-Jacobian product is linear
@@ -204,7 +204,7 @@ class GroupRun:
         self._states: list[ReproducibleState] = []  # before each block
         self._last: Graph | None = None  # of the last block
         self.after: Caches = []
-        hidden: Hidden = (recurrence.latents_of(latents, group).detach(),)
+        hidden: Hidden = (recurrence.latents_of(latents, group),)
         with gradient.states[index].restore(random=not first_run):
             for number in range(len(self._blocks)):
                 hidden = self._forward(number, hidden)

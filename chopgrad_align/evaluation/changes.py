@@ -66,7 +66,7 @@ def summary(run: str | Path) -> list[str]:
 def table(rows: Sequence[Change]) -> list[str]:
     """The rows as lines for a terminal, with a heading."""
     with_last = any(row.last for row in rows)
-    cells = [["", "base", "now", "ratio", "difference ± 95 %", *["last step"] * with_last, "bound"]]
+    cells = [["", "before", "after", "ratio", "difference ± 95 %", *["last step"] * with_last, "bound"]]
     for row in rows:
         p, last = row.after, row.last
         marks = ["!" if row.breached(side) else "" for side in (p, last)]
@@ -76,7 +76,7 @@ def table(rows: Sequence[Change]) -> list[str]:
                 f"{p.mean_before:.4g}",
                 f"{p.mean_after:.4g}",
                 ratio(p) + marks[0],
-                f"{p.gain:+.2g} ± {p.margin:.1g}",
+                f"{p.gain:+.2g} ± {p.margin:.2g}",
                 *([ratio(last) + marks[1] if last else ""] if with_last else []),
                 "in the objective" if row.trained else str(row.bounds or ""),
             ]

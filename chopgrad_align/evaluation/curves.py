@@ -20,6 +20,7 @@ from ..common.files import whole_file
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _PHASES = ("data", "sampling", "decoding", "reward", "backward", "step")
 _HELD_OUT = "#111111"
+_WITNESS = "heldout/witness/"
 _LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
 
 Series = dict[str, np.ndarray]
@@ -74,7 +75,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def draw_curves(run: str | Path) -> Path:
-    """Draw `curves.png` in a run folder: reward, each of its terms, gradient norm and seconds, against the step.
+    """Draw `curves.png` in a run folder, against the step: reward, its terms, witnesses, gradient norm and seconds.
 
     What the metrics lack is left out.
 
@@ -90,6 +91,8 @@ def draw_curves(run: str | Path) -> Path:
         panels.append(
             (term, lambda axes, k=key, t=term, i=index: _draw_term(axes, training, held_out, k, t, i))  # type: ignore[misc]
         )
+    if any(key.startswith(_WITNESS) for key in held_out):
+        panels.append(("witnesses, relative to the base model", lambda axes: _draw_witnesses(axes, held_out)))
     if "grad_norm" in training:
         panels.append(("gradient norm", lambda axes: _draw_gradient(axes, training)))
     if any(key.startswith("seconds/") for key in training):
@@ -149,6 +152,31 @@ def _draw_term(axes: Axes, training: Series, held_out: Series, key: str, term: s
     if f"heldout/{term}" in held_out:
         axes.plot(held_out["step"], held_out[f"heldout/{term}"], "o", color=_HELD_OUT, markersize=4.5, label="held out")
         axes.legend(**_LEGEND)
+
+
+def _draw_witnesses(axes: Axes, held_out: Series) -> None:
+    """Lines of the ratios; a witness that was not positive at first has none."""
+    witnesses = [key for key in held_out if key.startswith(_WITNESS) and held_out[key][0] > 0]
+    for i, key in enumerate(witnesses):
+        style: dict[str, Any] = {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3],
+        }
+        ratios = held_out[key] / held_out[key][0]
+        axes.plot(
+            held_out["step"],
+            ratios,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.4,
+            label=key.removeprefix(_WITNESS),
+            **style,
+        )
+    axes.axhline(1, color="#999999", linewidth=0.8)
+    if witnesses:
+        low, high = axes.dataLim.intervaly
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.45 * (high - low) + 1e-3)  # room for the legend
+        axes.legend(**_LEGEND, loc="upper center", ncols=4, columnspacing=1.2, handlelength=1.6)
 
 
 def _draw_gradient(axes: Axes, training: Series) -> None:

@@ -71,10 +71,9 @@ def paired(before: Sequence[float], after: Sequence[float], conditions: Sequence
     Raises:
         UsageError: fewer than two pairs, different counts, or a score that is not finite.
     """
-    if len(before) != len(after) or len(before) < 2:
+    _check_counts(before, after, conditions)
+    if len(before) < 2:
         raise UsageError(f"expected at least two pairs of scores, got {len(before)} before and {len(after)} after")
-    if conditions is not None and len(conditions) != len(before):
-        raise UsageError(f"expected the condition of each pair of scores, got {len(conditions)} for {len(before)}")
     if not all(map(math.isfinite, [*before, *after])):
         raise UsageError("a held-out score is not finite; look for NaN in the reward and in the videos")
     places = range(len(before))
@@ -102,11 +101,23 @@ def paired(before: Sequence[float], after: Sequence[float], conditions: Sequence
 def paired_where_finite(
     before: Sequence[float], after: Sequence[float], conditions: Sequence[Hashable]
 ) -> Paired | None:
-    """`paired` over the pairs whose scores are both finite; None if there are fewer than two."""
+    """`paired` over the pairs whose scores are both finite; None if there are fewer than two.
+
+    Raises:
+        UsageError: Different counts.
+    """
+    _check_counts(before, after, conditions)
     finite = [i for i, scores in enumerate(zip(before, after, strict=True)) if all(map(math.isfinite, scores))]
     if len(finite) < 2:
         return None
     return paired([before[i] for i in finite], [after[i] for i in finite], [conditions[i] for i in finite])
+
+
+def _check_counts(before: Sequence[float], after: Sequence[float], conditions: Sequence[Hashable] | None) -> None:
+    if len(before) != len(after):
+        raise UsageError(f"expected at least two pairs of scores, got {len(before)} before and {len(after)} after")
+    if conditions is not None and len(conditions) != len(before):
+        raise UsageError(f"expected the condition of each pair of scores, got {len(conditions)} for {len(before)}")
 
 
 def _means(scores: Sequence[float], units: Sequence[Hashable]) -> list[float]:

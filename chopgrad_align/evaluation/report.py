@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import av
 
 from ..common.errors import UsageError
+from .changes import Change, changes, ratio
 from .curves import read_metrics
-from .heldout import Paired, paired
+from .heldout import Paired, paired_where_finite
 from .page import data_uri, write_page
 
 _TINY = 256  # pixels; narrower videos are shown pixel by pixel, not blurred
@@ -31,17 +33,19 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _HeldOut:
-    statistics: Paired
+    statistics: Paired | None  # None if too few scores are finite
     improved: int
     rows: list[tuple[str, str, float, float]]  # prompt, seed, before, after
+    changes: list[Change]
+    remarks: list[str]
 
 
 def write_report(run: str | Path) -> Path:
     """Write `report.html` into a run folder, from what the folder holds; every part may be missing.
 
-    Read are `heldout.json` (`before`, `after`, and optionally `conditions` as `paired` takes them, `prompts`, `seeds`),
-    `curves.png`, `metrics.jsonl`, `samples/{before,after}/NNN.mp4` (and `control`, `degraded`, `target`) with
-    `samples/prompts.json`, `config.yaml` and `environment.json` (an object).
+    Read are `heldout.json` (`before`, `after`, and optionally `conditions` as `paired` takes them, `prompts`, `seeds`,
+    what `changes` reads, and `remarks`), `curves.png`, `metrics.jsonl`, `samples/{before,after}/NNN.mp4` (and
+    `control`, `degraded`, `target`) with `samples/prompts.json`, `config.yaml` and `environment.json` (an object).
     Videos and pictures are embedded, so the page is a third larger than they are.
 
     Raises:
@@ -55,7 +59,9 @@ def write_report(run: str | Path) -> Path:
         path,
         "report.html",
         held_out=_held_out(run),
+        ratio=ratio,
         summary=_summary(run),
+        remarks=(_read_json(run / "heldout.json", dict) or {}).get("remarks", []),
         curves=data_uri(curves.read_bytes(), "image/png") if (curves := run / "curves.png").is_file() else "",
         samples=_samples(run / "samples"),
         config=(run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else "",
@@ -79,14 +85,15 @@ def _read_json(path: Path, kind: type) -> Any:
 
 def _held_out(run: Path) -> _HeldOut | None:
     scores = _read_json(run / "heldout.json", dict)
-    if scores is None:
+    if scores is None or "after" not in scores:
         return None
-    before, after = scores.get("before", []), scores.get("after", [])
+    before, after = ([math.nan if v is None else v for v in scores.get(side, [])] for side in ("before", "after"))
     prompts = scores.get("prompts") or [""] * len(before)
     seeds = scores.get("seeds") or [""] * len(before)
-    statistics = paired(before, after, scores.get("conditions"))
+    statistics = paired_where_finite(before, after, scores.get("conditions") or range(len(before)))
     improved = sum(b > a for a, b in zip(before, after, strict=True))
-    return _HeldOut(statistics, improved, list(zip(prompts, map(str, seeds), before, after, strict=True)))
+    rows = list(zip(prompts, map(str, seeds), before, after, strict=True))
+    return _HeldOut(statistics, improved, rows, changes(scores), scores.get("remarks", []))
 
 
 def _summary(run: Path) -> list[tuple[str, str]]:

@@ -32,6 +32,16 @@ class Objective:
         """True if the true latents are wanted."""
         return any(term.reads_latents for term in self.terms.values())
 
+    @property
+    def reads_base(self) -> bool:
+        """True if the untrained model's predictions are wanted."""
+        return any(term.reads_base for term in self.terms.values())
+
+    @property
+    def measured(self) -> Objective:
+        """The terms that a finished video can be measured by; the others belong to training."""
+        return Objective({name: term for name, term in self.terms.items() if not term.reads_base})
+
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[int]:
         """The frames of videos of `total` frames that some term reads in some sample, in order."""
         read = (term.frames_read(total, seeds) for term in self.terms.values())

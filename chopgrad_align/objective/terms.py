@@ -29,12 +29,14 @@ class Reference:
         mask: `(B, F, 1, H, W)`: 1 where something was to be made.
         latents: The predicted clean latents and the true ones, as the pipeline normalizes them.
         outputs: What the denoiser returned and what it should have returned.
+        base_distance: Mean squared distance `(B,)` of the denoiser's predictions to those of the untrained model.
     """
 
     target: Tensor | None = None
     mask: Tensor | None = None
     latents: tuple[Tensor, Tensor] | None = None
     outputs: tuple[Tensor, Tensor] | None = None
+    base_distance: Tensor | None = None
 
 
 class Term(ABC):
@@ -48,7 +50,8 @@ class Term(ABC):
         normalize: Whether `value` wants the running statistics of the scores.
         reads_pixels: Whether the video has to be decoded for it.
         reads_latents: Whether it compares predicted latents with the true ones.
-        reads_base: Whether it compares predictions with those of the model without what is trained.
+        reads_base: Whether it compares predictions with those of the model without what is trained, which is known in
+            training alone.
         module: Network whose weights stay on the device, if there is one.
         frame_loss: Loss of single frames, all of them, that can be taken while the video is decoded, if it is one.
     """
@@ -216,3 +219,31 @@ class LatentTerm(Term):
             raise UsageError(f"a loss of {self.of} needs prediction.mode={modes}")
         predicted, true = pair
         return (predicted.float() - true.float()).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class BaseDistanceTerm(Term):
+    """Mean squared distance of the denoiser's predictions to those of the untrained model; it should fall.
+
+    A step of a stochastic sampler is a Gaussian policy whose mean is linear in the prediction: the distance is its KL
+    divergence to the untrained policy but for a factor, `KL = c²/(2σ²) ‖ε_θ(x) - ε_0(x)‖²` with the prediction's
+    coefficient c in the mean and the standard deviation σ (DPOK, arXiv 2305.16381, equation 8).
+
+    Args:
+        weight: Positive.
+    """
+
+    weight: float = 1.0
+    kind = "loss"
+    reads_pixels = False
+    reads_base = True
+
+    def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
+        """None of the frames."""
+        return [[] for _ in seeds]
+
+    def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
+        """The distance `(B,)`."""
+        if reference.base_distance is None:
+            raise UsageError("the distance to the untrained model is known in training only")
+        return reference.base_distance

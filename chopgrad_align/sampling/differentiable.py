@@ -56,7 +56,7 @@ def differentiable(
     """Make one call of the pipeline differentiable; everything is as before on exit.
 
     Yields the pipeline's own call without its `torch.no_grad`. `decode` takes the place of `chopgrad_align.decode`.
-    A policy that makes several clips of a call gets the first of them; `clips` of `rollout` makes all.
+    Of a rollout in several parts it is the first; see `rollout_parts`.
 
     Raises:
         UsageError: As `performed`, and for what is not a sampling policy.

@@ -15,7 +15,10 @@ from .recomputation import recomputed
 from .sampling_loop import SamplingLoop
 from .steps import StepPlan, StepPolicy, plan_of
 
-_LATENTS = ("hidden_states", "audio_hidden_states", "sample")  # arguments of denoisers in diffusers
+Observe = Callable[[Callable[..., Any], nn.Module, tuple, dict[str, Any], Any], None]
+"""Is told of a denoiser's call that has a graph: its own forward, itself, the arguments, and what it returned."""
+
+_LATENTS = {"hidden_states", "audio_hidden_states", "sample"}  # arguments of denoisers in diffusers
 
 
 class GradientSteps:
@@ -27,12 +30,13 @@ class GradientSteps:
         pipe: A diffusers pipeline.
         policy: Is asked for a plan when the denoiser is first called, which is when the number of steps is known.
         seed: Of the plan.
+        observe: Is told of the denoiser's calls that have a graph; not of a controlnet's.
     """
 
-    def __init__(self, pipe: Any, policy: StepPolicy, seed: int) -> None:
+    def __init__(self, pipe: Any, policy: StepPolicy, seed: int, observe: Observe | None = None) -> None:
         self.loop = SamplingLoop(pipe)
         self.branches = GuidanceBranches()
-        self._policy, self._seed = policy, seed
+        self._policy, self._seed, self._observe = policy, seed, observe
         self._plan: StepPlan | None = None
         self._controlnet = pipe.components.get("controlnet")
         self._wanted = torch.is_grad_enabled()
@@ -63,13 +67,24 @@ class GradientSteps:
         self.loop.expect_more()
         self._begin_when_due()
         if not self._carries_gradient() or (self.branches.unconditional and not self.plan.unconditional):
-            with torch.no_grad():  # the policy takes this prediction for a constant
-                return original(denoiser, *args, **kwargs)
+            return self._constant(original, denoiser, args, kwargs)
         if self.plan.detach_input:
-            args, kwargs = _with_constant_latents(denoiser, args, kwargs)
+            args, kwargs = with_constant_latents(denoiser, args, kwargs)
         output = recomputed(original, denoiser, args, kwargs)
-        if not self.plan.unconditional and denoiser is not self._controlnet:  # whose output ends in the denoiser's
+        if denoiser is self._controlnet:  # whose output ends in the denoiser's
+            return output
+        if self._observe is not None:
+            self._observe(original, denoiser, args, kwargs, output)
+        if not self.plan.unconditional:
             self.branches.predicted(output)
+        return output
+
+    def _constant(self, original: Callable[..., Any], denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A prediction that the policy takes for a constant."""
+        with torch.no_grad():
+            output = original(denoiser, *args, **kwargs)
+        if torch.is_grad_enabled():
+            _forget_casts()
         return output
 
     def _carries_gradient(self) -> bool:
@@ -80,18 +95,22 @@ class GradientSteps:
             # For the rest of the pipeline's own code too, as guidance. No latents need to be detached: those before
             # this moment never had a graph.
             torch.set_grad_enabled(True)
-            # Older autocast would use the weights again that it cast without a graph (pytorch issue 65766).
-            torch.clear_autocast_cache()
+            _forget_casts()
 
 
-def _with_constant_latents(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of a denoiser's call, in which the latents are detached; a controlnet's output is not."""
-    given = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs)
-    names = [name for name in _LATENTS if name in given.arguments]
-    if not names:
+def _forget_casts() -> None:
+    # Older autocast would use the weights again that it cast without a graph (pytorch issue 65766).
+    torch.clear_autocast_cache()
+
+
+def with_constant_latents(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Detach the latents among the arguments of a denoiser's call; a controlnet's output keeps its graph."""
+    names = [*inspect.signature(type(denoiser).forward).parameters][1 : len(args) + 1]
+    if not {*names, *kwargs} & _LATENTS:
         raise UsageError(
-            f"rollout: detach_input=True: {type(denoiser).__name__} has none of the arguments {', '.join(_LATENTS)}, "
-            "so that it is not known which are the latents; use detach_input=False"
+            f"rollout: detach_input=True: the call of {type(denoiser).__name__} has none of the arguments "
+            f"{', '.join(sorted(_LATENTS))}, so that it is not known which are the latents; use detach_input=False"
         )
-    given.arguments.update({name: given.arguments[name].detach() for name in names})
-    return given.args[1:], given.kwargs
+    # Each stays where it is, since decorators of `forward` read arguments by name.
+    positional = (value.detach() if name in _LATENTS else value for name, value in zip(names, args, strict=True))
+    return (*positional,), {key: value.detach() if key in _LATENTS else value for key, value in kwargs.items()}

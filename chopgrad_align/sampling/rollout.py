@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.arguments import whole_number
+from ..common.errors import UsageError
 from ..decoding.backprop import Backprop, Exact
 from ..decoding.decode import decode
 from .call_checks import check_call
 from .differentiable import differentiable, performed
-from .gradient_steps import GradientSteps
+from .gradient_steps import GradientSteps, Observe
 from .last_step import RecordedLastStep, RepeatedLastStep
 from .steps import LastSteps, StepPolicy, expect_step_policy
 
-__all__ = ["Clips", "check_call", "clips", "differentiable", "rollout"]
+__all__ = ["RolloutPart", "check_call", "differentiable", "rollout", "rollout_parts"]
 
 
 def rollout(
@@ -47,13 +49,15 @@ def rollout(
     Raises:
         UsageError: See `check_call` and `differentiable`; in the backward pass: weights that changed since the rollout.
     """
+    if whole_number("rollout: steps_seed", steps_seed, 0) >= 2**64:
+        raise UsageError(f"rollout: steps_seed={steps_seed}: expected a seed below 2^64")
     check_call(pipe, call_kwargs)
-    made = [clip.video for clip in clips(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed)]
+    made = [part.video for part in rollout_parts(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed)]
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
-class Clips(NamedTuple):
-    """The clips of one pass of the decoder, one for each prompt.
+class RolloutPart(NamedTuple):
+    """Clips of a rollout that are decoded together, one for each prompt.
 
     Attributes:
         video: `(B, F, C, H, W)` in [0, 1], or latents.
@@ -64,7 +68,7 @@ class Clips(NamedTuple):
     share: float
 
 
-def clips(
+def rollout_parts(
     pipe: Any,
     call_kwargs: Mapping[str, Any],
     steps: StepPolicy,
@@ -73,12 +77,13 @@ def clips(
     decode: Callable[..., Tensor] = decode,
     output_type: str = "pt",
     steps_seed: int = 0,
-) -> Iterator[Clips]:
-    """Make the clips of a rollout one after the other, so that each can be backpropagated before the next is made.
+    observe: Observe | None = None,
+) -> Iterator[RolloutPart]:
+    """Make a rollout part by part, so that each can be backpropagated before the next is made.
 
-    All policies but `LowVariance` give one batch of clips, whose share is 1. Its noise is drawn from the call's
-    generators, after what the pipeline draws. The repetitions see the conditions of the rollout: their generators begin
-    where those of the rollout began.
+    All policies but `LowVariance` make a single part, whose share is 1. The noise of its repetitions is drawn from the
+    call's generators, after what the pipeline draws; whatever the pipeline itself draws for them, as noise on an image,
+    is what it drew for the first part.
 
     Args:
         pipe: As for `rollout`.
@@ -88,6 +93,7 @@ def clips(
         decode: Takes the place of `chopgrad_align.decode`.
         output_type: `"pt"`, or `"latent"` for latents that are not decoded.
         steps_seed: Decides what a random policy draws.
+        observe: Is told of the denoiser's calls that have a graph, before its clips are yielded.
 
     Raises:
         UsageError: See `differentiable`.
@@ -95,21 +101,21 @@ def clips(
     expect_step_policy(steps)
     generator = call_kwargs.get("generator")
     before = _states(generator)
-    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed))
+    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe))
     with performed(pipe, record, backprop, decode) as call:
         video = call(**call_kwargs, output_type=output_type).frames
     repeats = record.steps.plan.repeats
-    yield Clips(video, 1 / (repeats + 1))
+    yield RolloutPart(video, 1 / (repeats + 1))
     del video  # with its graph, before the next clips are made
     for _ in range(repeats):
         noise = _noise_like(record.clean, generator)
         after = _states(generator)
         _restore(generator, before)
-        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed), record, noise)
+        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed, observe), record, noise)
         with performed(pipe, repetition, backprop, decode) as call:
             video = call(**call_kwargs, output_type=output_type).frames
         _restore(generator, after)
-        yield Clips(video, 1 / (repeats + 1))
+        yield RolloutPart(video, 1 / (repeats + 1))
         del video
 
 

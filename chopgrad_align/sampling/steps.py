@@ -27,7 +27,7 @@ and all but `LowVariance`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,7 +42,7 @@ class StepPlan:
     """The steps of one rollout that carry gradient.
 
     Args:
-        steps: Their indices, from 0 to N - 1; at least one.
+        steps: Their indices, from 0 to N - 1; at least one. Kept as a set.
         detach_input: Take the denoiser's input for a constant in each of them.
         unconditional: Also differentiate the unconditional prediction of classifier-free guidance.
         repeats: Additional clips from the last step, made of the clean latents with fresh noise; see `LowVariance`.
@@ -50,11 +50,14 @@ class StepPlan:
             steps is known beforehand (`check_call`), they are an error.
     """
 
-    steps: frozenset[int]
+    steps: Collection[int]
     detach_input: bool = False
     unconditional: bool = True
     repeats: int = 0
     surplus: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", frozenset(self.steps))
 
 
 class StepPolicy(Protocol):
@@ -81,8 +84,8 @@ class _Through:
     detach_input: bool = False
     unconditional: bool = True
 
-    def _plan(self, steps: Sequence[int], surplus: int = 0) -> StepPlan:
-        return StepPlan(frozenset(steps), self.detach_input, self.unconditional, surplus=surplus)
+    def _plan(self, steps: Collection[int], surplus: int = 0) -> StepPlan:
+        return StepPlan(steps, self.detach_input, self.unconditional, surplus=surplus)
 
 
 @dataclass(frozen=True)
@@ -182,10 +185,10 @@ class Steps(_Through):
                 f"Steps({[*self.indices]}): the sampler takes {num_steps} steps, so that there is no step "
                 f"{outside[0]}: name some of {-num_steps} to {num_steps - 1}"
             )
-        steps = frozenset(index % num_steps for index in self.indices)
+        steps = {index % num_steps for index in self.indices}
         if len(steps) < len(self.indices):
             raise UsageError(f"Steps({[*self.indices]}): of {num_steps} steps two of these are the same one")
-        return self._plan([*steps])
+        return self._plan(steps)
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ class LowVariance:
                 f"LowVariance({self.count}) repeats the last of several steps, but the sampler takes one, which "
                 "starts from pure noise: use LastSteps(1) and more seeds"
             )
-        return StepPlan(frozenset([num_steps - 1]), unconditional=self.unconditional, repeats=self.count)
+        return StepPlan([num_steps - 1], unconditional=self.unconditional, repeats=self.count)
 
 
 def expect_step_policy(steps: Any) -> None:
@@ -234,7 +237,7 @@ def plan_of(policy: StepPolicy, num_steps: int, seed: int) -> StepPlan:
         UsageError: As `StepPolicy.plan`; or a plan without steps, or with some that the sampler does not take.
     """
     plan = policy.plan(num_steps, seed)
-    if not plan.steps or not plan.steps <= set(range(num_steps)):
+    if not plan.steps or not set(plan.steps) <= set(range(num_steps)):
         raise UsageError(
             f"rollout: {policy!r} planned the steps {sorted(plan.steps)}: expected at least one, and each from 0 to "
             f"{num_steps - 1}"

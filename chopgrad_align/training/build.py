@@ -10,19 +10,22 @@ from typing import Any
 import torch
 
 from ..common.errors import UsageError
-from ..common.loading import construct
+from ..common.loading import construct, unknown_name
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
 from ..sampling.rollout import check_call
 from . import guard
+from .average import Average
 from .config import Config, Guard
 from .data import clip_encoder
-from .lora import lora_config
+from .lora import TRAINED, freeze, lora_config
 from .methods import DirectGradient
 from .models import check_prediction, load_objective, load_pipeline
 from .optimizers import make_optimizer, make_schedule
 from .state import TrainState
 from .trainable import LoraOnDenoisers, Trainable
+
+_TRAINABLES = {"modules": "chopgrad_align.training.modules:Modules"}
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,49 @@ def load_models(
     """
     pipe = load_pipeline(config.model)
     check_prediction(pipe, config)
-    for call in calls:
-        check_call(pipe, {**call, **config.prediction.columns})
-    objective = load_objective(config.rewards, device, config.losses)
-    adapter = lora_config(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
+    _check_calls(pipe, config, calls)
+    objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
     torch.manual_seed(config.run.seed)  # the first weights
     with nullcontext() if new_weights is None else new_weights:
-        trainable = LoraOnDenoisers(pipe, adapter, config.model.gradient_checkpointing)
+        trainable = make_trainable(config, pipe)
     return Models(pipe, objective, trainable)
+
+
+def make_trainable(config: Config, pipe: Any) -> Trainable:
+    """What a config trains of a pipeline, which is frozen otherwise.
+
+    Raises:
+        UsageError: A class that cannot be loaded or is no `Trainable`, or layers that are not there.
+    """
+    named = config.trainable
+    if named is None:
+        lora = config.lora
+        made: Trainable = LoraOnDenoisers(pipe, lora_config(lora.rank, lora.alpha, lora.targets, lora.dropout))
+    else:
+        if ":" not in named.name and named.name not in _TRAINABLES:
+            raise unknown_name("trainable", named.name, _TRAINABLES)
+        freeze(pipe)
+        location = _TRAINABLES.get(named.name, named.name)
+        found = construct("trainable", named.name, location, {"pipe": pipe, **named.args})
+        if not isinstance(found, Trainable):
+            raise UsageError(f"trainable.name: {named.name} made a {type(found).__name__}, which is no Trainable")
+        made = found
+    if config.model.gradient_checkpointing:
+        for name in TRAINED:
+            if pipe.components.get(name) is not None:
+                pipe.components[name].enable_gradient_checkpointing()
+    return made
+
+
+def _check_calls(pipe: Any, config: Config, calls: Sequence[Mapping[str, Any]]) -> None:
+    steps = config.gradient.step_policy() if config.prediction.mode == "sample" else None
+    for key in ("latents", "num_videos_per_prompt", "prompt_embeds"):
+        if key in config.model.call:
+            raise UsageError(f"model.call.{key}: every video of a run is made of its own prompt and seed: leave it out")
+    if not isinstance(config.model.call.get("negative_prompt", ""), str | None):
+        raise UsageError("model.call.negative_prompt: expected one text, for all videos")
+    for call in calls:
+        check_call(pipe, {**call, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
 
 
 def make_method(
@@ -83,6 +121,7 @@ def make_method(
         "batch_size": config.train.batch_size,
         "phases": phases,
         "prediction": config.prediction.policy(clip_encoder(config)),
+        "base": models.trainable.base,
     }
     return DirectGradient(**{**settings, **changes})
 
@@ -109,7 +148,7 @@ def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
     if config.name is not None:
         made = construct("guard", config.name, config.name, dict(config.args))
         if not isinstance(made, guard.Guard):
-            raise UsageError(f"guard.name: {config.name} made a {type(made).__name__}, expected a training.guard.Guard")
+            raise UsageError(f"guard.name: {config.name} made a {type(made).__name__}, expected a chopgrad_align.Guard")
         return made
     asked = {name: None if bound is None else Bounds.of(bound) for name, bound in config.bounds.items()}
     bounds = {name: witness.bounds for name, witness in witnesses.items()} | asked
@@ -120,5 +159,6 @@ def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
 
 def make_state(config: Config, trainable: Trainable) -> TrainState:
     """The state of a run before its first step."""
-    optimizer = make_optimizer(trainable.parameters, config.train)
-    return TrainState(trainable, optimizer, make_schedule(optimizer, config.train))
+    optimizer, decay = make_optimizer(trainable.parameters, config.train), config.ema.decay
+    average = None if decay is None else Average(trainable.parameters, decay)
+    return TrainState(trainable, optimizer, make_schedule(optimizer, config.train), average)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import math
+import operator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
 from importlib.resources import files
@@ -11,11 +15,10 @@ from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from ..common.arguments import nearest
+from ..common.arguments import nearest, readable_text, shown, usable_path
 from ..common.errors import UsageError
 from ..common.loading import construct, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
@@ -24,33 +27,95 @@ from ..sampling import predictions as prediction
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):  # pydantic takes True for 1
+        raise ValueError(f"expected a number, got {value}")
+    return value
+
+
+def _term_name(name: str) -> str:
+    if not name.strip() or "/" in name or len(name) > 64 or name in _RESERVED:
+        raise ValueError(
+            f"expected a name of at most 64 characters, without '/' and none of {', '.join(_RESERVED)}, "
+            f"got {shown(name)}"
+        )
+    return readable_text(name)
+
+
+def _each_once(values: list[str]) -> list[str]:
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return values
+
+
+def _targets(value: object) -> object:
+    each = value if isinstance(value, list) else [value]
+    if not each or not all(isinstance(part, str) and part.strip() for part in each):
+        raise ValueError(f"expected a list of strings, or one string, got {shown(value)}")
+    return value
+
+
+def _expect_effect(section: Any, keys: Iterable[str], choice: str) -> None:
+    """Raise a ValueError for a key that is set, to another value than its default, and that a choice does not read."""
+    for key in sorted(keys):
+        default = next(f for f in fields(section) if f.name == key)
+        unset = default.default_factory() if callable(default.default_factory) else default.default
+        if getattr(section, key) != unset:
+            raise ValueError(f"{key} has no effect with {choice}={getattr(section, choice)}: leave it out")
+
+
+def _bound(value: object) -> object:
+    each = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if value is not None and not all(isinstance(v, int | float) and not isinstance(v, bool) for v in each):
+        raise ValueError(f"expected a number, two in a list, or null, got {shown(value)}")
+    return value
+
+
+_MOST = 2**31 - 1  # of a count
+_MOST_BYTES = 2**20  # of a config
+_SHOWN = 5  # mistakes that are named in one message
+_RESERVED = ("heldout", "seconds")  # keys of metrics begin with them, as with the names of terms
+
+Positive = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(_number)]
+NonNegative = Annotated[int, Field(ge=0, le=_MOST), BeforeValidator(_number)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
+Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
+Time = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
+FramesPerSecond = Annotated[float, Field(ge=0.01, le=1000, allow_inf_nan=False), BeforeValidator(_number)]
+Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_number)]
+Pixels = Annotated[int, Field(ge=1, le=2**14), BeforeValidator(_number)]
+Name = Annotated[str, Field(strict=True), AfterValidator(usable_path)]
+"""Of a file, a folder, a class, a model: what a file system can be asked for."""
+Caption = Annotated[str, Field(strict=True), AfterValidator(readable_text)]
+Bound = Annotated[float | tuple[float, float] | None, BeforeValidator(_bound)]
+TermName = Annotated[str, AfterValidator(_term_name)]
+"""Of a reward or a loss, in keys of metrics and in columns of prompt files."""
 
 # Of losses before the decoder: what they compare, and the modes that know what it should be.
 _LATENT_LOSSES = {"latent": ("latents", ("one_step", "denoise")), "diffusion": ("outputs", ("denoise",))}
+
+_INTERPOLATIONS = "_interpolations"  # beside a config's fields: no key, and no part of comparisons
 
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
 
 
 @_strict
 class Run:
-    folder: str
+    folder: Name
     """Where everything goes; must not hold a run already."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     threads: Positive | None = None
     """Of each process on the CPU; default: its share of the cores. `accelerate launch` alone would leave it one."""
 
 
 @_strict
 class FusedLora:
-    name: str
+    name: Name
     """Folder, file or hub id."""
-    file: str | None = None
+    file: Name | None = None
     """Of a folder, or of a hub repository, that holds several."""
     scale: Finite = 1.0
     second: bool = False
@@ -59,14 +124,14 @@ class FusedLora:
 
 @_strict
 class Model:
-    name: str
+    name: Name
     """Folder or hub id of a diffusers pipeline."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights; the LoRA is always float32."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    variant: str | None = None
+    variant: Name | None = None
     """Of the weight files, such as fp16."""
-    loras: dict[str, FusedLora] = field(default_factory=dict)
+    loras: dict[TermName, FusedLora] = field(default_factory=dict)
     """Fused into the weights as these are loaded, in order: of few-step distillation, or of an earlier run."""
     scheduler: dict[str, Any] = field(default_factory=dict)
     """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone."""
@@ -76,7 +141,7 @@ class Model:
     """Recompute every block of the denoiser too, not only each call of it."""
     encode_prompts_once: bool = True
     """Before training; the text encoders then leave the device. False: in every call of the pipeline."""
-    fps: PositiveFloat = 8.0
+    fps: FramesPerSecond = 8.0
     """Of the sample videos."""
 
 
@@ -85,7 +150,9 @@ class Lora:
     rank: Positive = 16
     alpha: PositiveFloat | None = None
     """Scale is alpha / rank; default the rank."""
-    targets: list[str] | str = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    targets: Annotated[list[str] | str, BeforeValidator(_targets)] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
+    )
     """Names of the denoiser's linear layers, or one regular expression."""
     dropout: Fraction = 0.0
     """Of the LoRA's input. Above 0, results depend on the number of processes and on `train.micro_batch`."""
@@ -95,14 +162,14 @@ class Lora:
 class Clips:
     """Says that the data are clips; without it they are prompts."""
 
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[Name, Name] = field(default_factory=dict)
     """Which column of the metadata holds what: target, caption, and any of degraded, mask, control, image. Default:
     file_name is the target, and caption the caption."""
-    buckets: list[tuple[Positive, Positive, Positive]] = field(default_factory=list)
+    buckets: list[tuple[Positive, Pixels, Pixels]] = field(default_factory=list)
     """Frames, height and width that clips are cut to, the nearest for each file; default that of model.call."""
     stride: Positive = 1
     """Every how many frames one is taken."""
-    fps: PositiveFloat | None = None
+    fps: FramesPerSecond | None = None
     """To which every file is resampled before the stride; default its own."""
     starts: Positive | None = None
     """Clips a file, evenly spaced; default: any frame can be the first."""
@@ -111,30 +178,30 @@ class Clips:
     """Makes `degraded` from the target: a name and its settings, or a list of them."""
     mask: Any = None
     """Draws `mask`; what it covers is grey in `degraded`."""
-    caption: str | None = None
+    caption: Caption | None = None
     """Instead of each clip's own."""
     on_bad_file: Literal["skip", "error"] = "skip"
-    split: str = "train"
+    split: Name = "train"
     """Of a Hugging Face data set."""
-    held_out_split: str = "test"
+    held_out_split: Name = "test"
 
 
 @_strict
 class Data:
-    train: str
+    train: Name
     """Prompt file (.txt, .csv, .jsonl) to sample from; see `read_conditions` for images and weights. With `clips`: a
     folder of videos, or a Hugging Face data set."""
-    held_out: str
+    held_out: Name
     """The same, to measure with."""
     clips: Clips | None = None
-    cache: str | None = None
+    cache: Name | None = None
     """Folder that keeps, for this run and later ones, embeddings of prompts and latents of those clips that come again:
     with `clips.starts` and `clips.crop=center`, what is not made on the fly. Default: prompts in host memory."""
 
 
 @_strict
 class Reward:
-    name: str
+    name: Name
     """A published name, package.module:Class, or path/to/file.py:Class."""
     weight: Finite = 1.0
     """Negative: the score should fall."""
@@ -157,8 +224,8 @@ class Reward:
 
 @_strict
 class Witness:
-    name: str
-    """A published reward, or a reward or `evaluation.witnesses.Witness` of your own: package.module:Class, or
+    name: Name
+    """A published reward, or a reward or `chopgrad_align.Witness` of your own: package.module:Class, or
     path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Of its class."""
@@ -166,7 +233,7 @@ class Witness:
 
 @_strict
 class Guard:
-    bounds: dict[str, PositiveFloat | tuple[NonNegativeFloat, PositiveFloat] | None] = field(default_factory=dict)
+    bounds: dict[TermName, Bound] = field(default_factory=dict)
     """Of a witness's mean relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it, [0.7, 1.4]
     both, null none. Witnesses that are not named keep their own bounds."""
     patience: Positive | None = None
@@ -174,8 +241,8 @@ class Guard:
     on_breach: Literal["warn", "stop", "back"] = "warn"
     """Say it; or end the training too; or, back, export the best model within the bounds then, whatever
     `checkpoint.export` is."""
-    name: str | None = None
-    """Instead of all this, a `training.guard.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
+    name: Name | None = None
+    """Instead of all this, a `chopgrad_align.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Of its class."""
 
@@ -190,7 +257,7 @@ class Guard:
 
 @_strict
 class Loss:
-    name: str
+    name: Name
     """A published name, latent, diffusion, package.module:Class, or path/to/file.py:Class."""
     weight: PositiveFloat = 1.0
     args: dict[str, Any] = field(default_factory=dict)
@@ -198,19 +265,43 @@ class Loss:
 
 
 @_strict
+class Term:
+    name: str
+    """package.module:Class or path/to/file.py:Class, of a `chopgrad_align.Term`."""
+    weight: Finite = 1.0
+    """Given to the class, beside the args."""
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@_strict
+class Reference:
+    weight: NonNegativeFloat = 0.0
+    """Of the mean squared distance of the denoiser's predictions to those of the untrained model, in the steps that
+    carry gradient: a KL penalty, which takes one more forward for each. 0: none."""
+
+
+@_strict
 class Prediction:
     mode: Literal["sample", "one_step", "denoise"] = "sample"
     """The pipeline's whole sampler; one call of the denoiser on the degraded clip; or one on the noised target."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[Name, Name] = field(default_factory=dict)
     """Which argument of the pipeline's call is which role of the clips, such as {video: degraded, mask: mask}."""
-    source: str = "degraded"
+    source: Name = "degraded"
     """Of one_step: the role that it starts from."""
-    time: Annotated[float, Field(gt=0, le=1)] = 0.4
+    time: Time = 0.4
     """Of one_step: the time of the schedule that the degraded clip is taken for, 1 being pure noise."""
-    times: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.02, 0.98)
+    times: tuple[Time, Time] = (0.02, 0.98)
     """Of denoise: lowest and highest time."""
     overlap: Positive = 5
     """Frames that windows share, when a clip is longer than `model.call.num_frames` in the evaluation."""
+
+    @model_validator(mode="after")
+    def _of_the_mode(self) -> Prediction:
+        reads = {"sample": (), "one_step": ("source", "time"), "denoise": ("times",)}[self.mode]
+        _expect_effect(self, {"source", "time", "times"} - {*reads}, "mode")
+        if self.times[0] > self.times[1]:
+            raise ValueError(f"times: expected the lowest before the highest, got {list(self.times)}")
+        return self
 
     @property
     def roles(self) -> dict[str, str]:
@@ -231,7 +322,7 @@ class Prediction:
 class Named:
     """A class by its name, and its arguments."""
 
-    name: str
+    name: Name
     """A published name, package.module:Class, or path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
 
@@ -248,6 +339,11 @@ _STEP_POLICIES = {
 }
 
 
+_BLOCKS = ("cache", "checkpoint", "rows", "saturated")
+# What each policy reads of the section; one of the user's own has its args.
+_DECODER_KEYS = {"exact": _BLOCKS, "truncated": ("distance", *_BLOCKS), "full": ("saturated",)}
+
+
 @_strict
 class Gradient:
     last_steps: Positive | None = None
@@ -255,7 +351,7 @@ class Gradient:
     steps: Named | None = None
     """The denoising steps that carry gradient: last, random_last, random, steps, low_variance, or a class of your own,
     with its args (count or indices; detach_input, unconditional); see chopgrad_align/sampling/steps.py."""
-    decoder: str = "exact"
+    decoder: Name = "exact"
     """exact, truncated or full; or a class of your own, package.module:Class or path/to/file.py:Class, with args."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of a decoder policy of your own."""
@@ -273,8 +369,8 @@ class Gradient:
     def _names(self) -> Gradient:
         if self.steps is not None and self.last_steps is not None:
             raise ValueError("give steps or its short form last_steps, not both")
-        if self.args and ":" not in self.decoder:
-            raise ValueError(f"args are those of a class of your own; decoder={self.decoder} has keys beside it")
+        reads = _DECODER_KEYS.get(self.decoder, ("args",))
+        _expect_effect(self, {"args", "distance", "cache", "checkpoint", "rows", "saturated"} - {*reads}, "decoder")
         self.step_policy(), self.policy()
         return self
 
@@ -316,15 +412,47 @@ class Train:
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegative = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of AdamW, as weight_decay; with an optimizer by name they belong into its args."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
+    optimizer: Named | None = None
+    """Default: AdamW. Any of torch.optim by its dotted name, such as torch.optim.Muon, of an installed package, such as
+    bitsandbytes.optim.AdamW8bit, prodigyopt.Prodigy or schedulefree.AdamWScheduleFree, or path/to/file.py:Class."""
+    schedule: Named | None = None
+    """Default: constant after `warmup_steps`, whose first step has lr / warmup_steps. Or one of transformers'
+    get_scheduler (linear, cosine, polynomial, inverse_sqrt, …), which begin at 0 if there is a warmup; or a
+    class of torch.optim.lr_scheduler by its dotted name."""
+
+    @model_validator(mode="after")
+    def _adamw(self) -> Train:
+        if self.optimizer is not None and (self.betas, self.weight_decay) != ((0.9, 0.999), 0.0):
+            raise ValueError(
+                f"betas and weight_decay are those of the default AdamW; give them in train.optimizer.args of "
+                f"{self.optimizer.name}"
+            )
+        return self
+
+    @property
+    def schedule_reads_steps(self) -> bool:
+        """Whether the learning rate of a step depends on how many there will be."""
+        return (
+            self.schedule is not None
+            and self.schedule.name not in (*("constant", "constant_with_warmup", "inverse_sqrt"),)
+            and "." not in self.schedule.name
+        )
+
+
+@_strict
+class Ema:
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Average the trained weights over the steps, a ← decay a + (1 - decay) θ; it is measured and exported."""
 
 
 @_strict
 class Validation:
     every: NonNegative = 0
     """Steps between held-out measurements; 0: before and after only."""
-    pairs: Annotated[int, Field(ge=2)] = 64
+    pairs: Annotated[Positive, Field(ge=2)] = 64
     """Pairs of held-out prompt and seed."""
     seeds: Positive = 1
     """Pairs of a condition that come one after the other: with 2, half as many conditions, and `diversity` between
@@ -345,38 +473,63 @@ class Checkpoint:
 
 
 @_strict
+class Parallel:
+    timeout: PositiveFloat = 1800.0
+    """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
+
+
+@_strict
 class Config:
     run: Run
     model: Model
     data: Data
     train: Train
-    rewards: dict[str, Reward] = field(default_factory=dict)
+    rewards: dict[TermName, Reward] = field(default_factory=dict)
     """Terms of the objective that should rise: a name of your own for each."""
-    losses: dict[str, Loss] = field(default_factory=dict)
+    losses: dict[TermName, Loss] = field(default_factory=dict)
     """Those that should fall."""
+    terms: dict[str, Term] = field(default_factory=dict)
+    """Terms of your own kind."""
+    reference: Reference = field(default_factory=Reference)
     prediction: Prediction = field(default_factory=Prediction)
     lora: Lora = field(default_factory=Lora)
+    trainable: Named | None = None
+    """What is trained instead of a LoRA: `modules`, with args.modules a list of regular expressions of whole names such
+    as transformer.blocks.0.ffn or vae.decoder.conv_out; or a class of your own, which is called with the pipeline and
+    the args, see chopgrad_align/training/trainable.py."""
+    ema: Ema = field(default_factory=Ema)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
-    witnesses: dict[str, Witness | None] = field(default_factory=dict)
+    witnesses: dict[TermName, Witness | None] = field(default_factory=dict)
     """Measured with every held-out measurement and not trained on, beside motion, flow, flicker, saturation, contrast,
     sharpness, diversity and distance; null leaves one of these out."""
     guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    parallel: Parallel = field(default_factory=Parallel)
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_each_once)] = field(default_factory=list)
 
     @model_validator(mode="after")
     def _objective(self) -> Config:
-        if not (self.rewards or self.losses):
+        if not (self.rewards or self.losses or self.terms):
             raise ValueError("expected at least one term under rewards or losses")
-        if twice := self.rewards.keys() & self.losses.keys():
-            raise ValueError(f"a reward and a loss are both called {min(twice)!r}")
+        names = [*self.rewards, *self.losses, *self.terms, *["reference"] * bool(self.reference.weight)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two terms of the objective are both called {twice[0]!r}; rename one")
+        if self.trainable is not None and self.lora != Lora():
+            raise ValueError(f"lora has no effect with trainable.name={self.trainable.name}; leave it out")
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(
                     f"rewards.{name}.weight=0 has no effect; to watch its score, leave it out and add "
                     f"witnesses.{name}.name={reward.name}"
                 )
+        if self.prediction.mode != "sample" and (self.gradient.last_steps or self.gradient.steps):
+            raise ValueError(
+                "gradient.last_steps and gradient.steps have no effect with "
+                f"prediction.mode={self.prediction.mode}, which is one call of the denoiser: leave them out"
+            )
+        if self.data.cache is not None and self.data.clips is None and not self.model.encode_prompts_once:
+            raise ValueError("data.cache has nothing to keep with model.encode_prompts_once=false: leave it out")
         if self.data.clips is None and (self.losses or self.prediction.mode != "sample" or self.prediction.columns):
             raise ValueError(
                 "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"
@@ -434,69 +587,124 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """
     OmegaConf.register_resolver("package", _package_path, replace=True)
     OmegaConf.register_resolver("configs", _configs_path, replace=True)
-    if path is None:
-        path = str(files("chopgrad_configs") / "embedded.yaml")
+    path = str(files("chopgrad_configs") / "embedded.yaml") if path is None else usable_path(str(path))
     if not Path(path).is_file():
         known = ", ".join(sorted(p.name for p in Path(str(files("chopgrad_configs"))).glob("*.yaml")))
         raise UsageError(f"no config file {path}; in configs/ there are {known}")
     with _readable(f"config {path}"):
-        tree: Any = OmegaConf.load(path)
-        if not isinstance(tree, DictConfig):
-            raise UsageError(f"the config {path} must be a mapping of sections, such as run, model and train")
+        tree = _tree(Path(path))
     for override in overrides:
         if override.startswith("~"):
             _delete(tree, override[1:])
             continue
-        if "=" not in override or override.startswith(("-", "=")):
-            raise UsageError(f"cannot read the override {override!r}; write key.sub=value")
-        with _readable(f"override {override!r}"):
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        if not re.match(r"[^\s=.\[\]-][^=\[\]]*=", override):
+            raise UsageError(f"cannot read the override {shown(override)}; write key.sub=value")
+        with _readable(f"override {shown(override)}"):
+            tree = _merged(tree, override)
     with _readable(f"config {path}"):
-        resolved = OmegaConf.to_container(tree, resolve=True)
+        resolved, raw = (
+            OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve) for resolve in (True, False)
+        )
+    config = check_config(resolved, path)
+    vars(config)[_INTERPOLATIONS] = dict(_interpolations(raw))
+    return config
+
+
+def check_config(values: Any, where: str) -> Config:
+    """The config that nested dictionaries describe.
+
+    Args:
+        values: Plain values by key.
+        where: What the user knows it as; errors begin with it.
+
+    Raises:
+        UsageError: As `load_config`.
+    """
     try:
-        return TypeAdapter(Config).validate_python(resolved)
+        return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        # A string in place of a list of strings is allowed: the list's error says so for both.
-        wrong = [_sentence(e) for e in error.errors() if e["loc"][-1:] != ("str",)]
-        raise UsageError(f"{path}: " + "; ".join(wrong)) from error
+        wrong = [*dict.fromkeys(map(_sentence, error.errors()))]
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        raise UsageError(f"{where}: " + "; ".join(wrong[:_SHOWN] + more)) from error
+
+
+def _tree(path: Path) -> DictConfig:
+    if path.stat().st_size > _MOST_BYTES:
+        raise UsageError(f"{path} has more than {_MOST_BYTES:,} bytes; give the YAML file of a run")
+    text = path.read_text(encoding="utf-8")
+    if "*" in text and _values(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_BYTES:
+        raise UsageError(f"{path}: its aliases make it grow beyond measure; write out what is meant")
+    tree = OmegaConf.load(path)
+    if not isinstance(tree, DictConfig):
+        raise UsageError(f"the config {path} must be a mapping of sections, such as run, model and train")
+    return tree
+
+
+def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Count the values of a node with its aliases written out; infinite, if one holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = (part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,)))
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+def _merged(tree: DictConfig, override: str) -> Any:
+    key, _, value = override.partition("=")
+    if "???" in value:  # OmegaConf's sign for a value that is missing
+        raise UsageError(f"the override {shown(override)} gives no value")
+    if value.strip() == "{}" and OmegaConf.select(tree, key):
+        raise UsageError(f"the override {override!r} would change nothing; to empty a section, leave out its keys by ~")
+    return OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
 
 
 def _delete(tree: DictConfig, key: str) -> None:
-    section, _, name = key.rpartition(".")
-    parent = OmegaConf.select(tree, section) if section else tree
-    if not isinstance(parent, DictConfig) or name not in parent:
-        raise UsageError(f"the override '~{key}' leaves out a key that the config does not have")
-    del parent[name]
+    with _readable(f"override {shown(f'~{key}')}"):
+        section, _, name = key.rpartition(".")
+        parent = OmegaConf.select(tree, section) if section else tree
+        if not isinstance(parent, DictConfig) or name not in parent:
+            raise UsageError(f"the override '~{key}' leaves out a key that the config does not have")
+        del parent[name]
 
 
 @contextmanager
 def _readable(what: str) -> Iterator[None]:
+    """Within the context, what goes wrong with a text of the user's is a UsageError."""
     try:
         yield
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"cannot read the {what}: {' '.join(str(error).split())}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # of the YAML reader and of OmegaConf, which let any kind escape
+        raise UsageError(f"cannot read the {what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply, or a value refers to itself"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}…"
 
 
 def _sentence(error: Any) -> str:
-    location = [str(part) for part in error["loc"] if part != "list[str]"]
+    location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     match error["type"]:
         case "unexpected_keyword_argument":
             where = ".".join(location[:-1]) or "the top level"
             known = _known_keys(location[:-1])
             hint = nearest(location[-1], known) or f"; at {where} there are {', '.join(known)}"
-            return f"unknown key {key!r}{hint}"
+            return f"unknown key {shown(key)}{hint}"
         case "missing" | "missing_argument":
             return f"{key!r} is missing"
         case "dataclass_type":
             expected = f"a section with the keys {', '.join(_known_keys(location))}"
-        case "list_type" if error["loc"][-1] == "list[str]":
-            expected = "a list of strings, or one string"
         case "value_error":
             return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
         case _:
             expected = error["msg"].removeprefix("Input should be ")
-    return f"{key}: expected {expected}, got {error['input']!r}"
+    return f"{key}: expected {expected}, got {shown(error['input'])}"
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:
@@ -513,5 +721,24 @@ def header(config: Config) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config, defaults included, as YAML that `load_config` reads back to the same."""
-    return OmegaConf.to_yaml(TypeAdapter(Config).dump_python(config, mode="json"))
+    """The whole config, defaults included, as YAML that `load_config` reads back to the same.
+
+    What it takes from elsewhere, such as `${oc.env:TOKEN}`, stands there as it was written.
+    """
+    tree = TypeAdapter(Config).dump_python(config, mode="json")
+    for (*sections, name), text in interpolations(config).items():
+        functools.reduce(operator.getitem, sections, tree)[name] = text
+    return OmegaConf.to_yaml(tree)
+
+
+def interpolations(config: Config) -> dict[tuple[str | int, ...], str]:
+    """Values that the config takes from elsewhere as they were written, by sections, keys and places in lists."""
+    return vars(config).get(_INTERPOLATIONS, {})
+
+
+def _interpolations(tree: Any, *path: str | int) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _interpolations(value, *path, key)
+    elif isinstance(tree, str) and "${" in re.sub(r"\$\{(package|configs):[^{}]*\}", "", tree):
+        yield path, tree

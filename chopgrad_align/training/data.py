@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..common.arguments import nearest
-from ..common.errors import UsageError
+from ..common.arguments import nearest, whole_number
+from ..common.errors import UsageError, located
 from ..data.buckets import Bucket
 from ..data.cache import Cache
 from ..data.clips import Clips
-from ..data.prompts import Condition, read_conditions
+from ..data.prompts import Condition, check_images, read_conditions
 from ..data.source import Row
 from ..objective.objective import Objective
 from ..sampling.predictions.columns import expect_role
@@ -88,6 +88,7 @@ def _prompt_data(config: Config) -> PromptData:
             if name not in config.rewards:
                 hint = nearest(name, config.rewards) or f"; there are {', '.join(config.rewards) or 'none'}"
                 raise UsageError(f"data: no reward is called as in the column 'weight.{name}'{hint}")
+    check_images(both)
     if any(c.image for c in both) and max(config.train.micro_batch, config.validation.batch) > 1:
         raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
     return data
@@ -190,13 +191,18 @@ def buckets(config: Config, clips: ClipsConfig) -> list[Bucket]:
     missing = [key for key in ("num_frames", "height", "width") if key not in call]
     if not clips.buckets and missing:
         raise UsageError(f"data.clips: their shape is not known: give data.clips.buckets, or model.call.{missing[0]}")
-    shapes = clips.buckets or [(call["num_frames"], call["height"], call["width"])]
-    return [Bucket(*shape) for shape in shapes]
+    if clips.buckets:
+        return [Bucket(*shape) for shape in clips.buckets]
+    return [Bucket(*(whole_number(f"model.call: {key}", call[key]) for key in ("num_frames", "height", "width")))]
 
 
 def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bucket]) -> Clips:
     from ..data.degradations import load_degradation, load_mask
 
+    with located("data.clips.degradation"):
+        degradation = None if config.degradation is None else load_degradation(config.degradation)
+    with located("data.clips.mask"):
+        mask = None if config.mask is None else load_mask(config.mask)
     clips = Clips(
         rows,
         buckets,
@@ -204,8 +210,8 @@ def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bu
         fps=config.fps,
         starts=config.starts,
         crop=config.crop,
-        degradation=None if config.degradation is None else load_degradation(config.degradation),
-        mask=None if config.mask is None else load_mask(config.mask),
+        degradation=degradation,
+        mask=mask,
         on_bad_file=config.on_bad_file,
     )
     if clips.bad:
@@ -218,5 +224,10 @@ def _rows(name: str, split: str, config: ClipsConfig) -> list[Row]:
     from ..data.videofolder import COLUMNS, read_folder
 
     if Path(name).exists() and not is_saved_dataset(name):
+        for key in ("split", "held_out_split"):
+            if getattr(config, key) != getattr(ClipsConfig(), key):
+                raise UsageError(
+                    f"data.clips.{key} has no effect on the folder {name}, which has no splits: leave it out"
+                )
         return read_folder(name, config.columns)
     return read_dataset(name, config.columns or COLUMNS, split)

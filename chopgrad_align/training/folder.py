@@ -8,14 +8,17 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..common.errors import UsageError
-from ..common.files import whole_file
+from ..common.files import flush_to_disk, whole_file
+from .checkpoints import Checkpoints, Unusable
 
 _OTHER_BYTES = 100 * 2**20  # sample videos and report
 
@@ -23,36 +26,93 @@ _OTHER_BYTES = 100 * 2**20  # sample videos and report
 class RunFolder:
     """Paths and files of one run.
 
-    `config.yaml`, `metrics.jsonl`, `heldout/`, `heldout.json`, `samples/`, `checkpoints/step-NNNNNN/` and
-    `checkpoints/best-NNNNNN/`, `lora/`, `curves.png`, `report.html`.
+    `config.yaml`, `metrics.jsonl`, `resumed.jsonl`, `heldout/`, `heldout.json`, `samples/`,
+    `checkpoints/step-NNNNNN/` and `checkpoints/best-NNNNNN/`, `lora/`, `curves.png`, `report.html`.
+
+    Attributes:
+        checkpoints: From which a run goes on.
+        best: The weights of steps that were measured to be the best.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.resumed = self.path / "resumed.jsonl"
         self.held_out = self.path / "heldout.json"
         self.measurements = self.path / "heldout"
         self.samples = self.path / "samples"
-        self.checkpoints = self.path / "checkpoints"
+        self.report = self.path / "report.html"
         self.lora = self.path / "lora"
+        self._lock = self.path / ".lock"
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.best = Checkpoints(self.path / "checkpoints", "best")
 
     def check(self, resume: bool) -> None:
         """Raise a UsageError if a run (or the continuation of one) cannot be written here."""
-        if resume and not self.config.is_file():
-            raise UsageError(f"--resume: {self.path} holds no run (no config.yaml); check run.folder")
-        if not resume and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = "holds a run already" if self.config.is_file() else "is not empty"
-            raise UsageError(
-                f"{self.path} {what}, and nothing is overwritten: choose another run.folder=…, delete it, "
-                "or continue its run with --resume"
-            )
+        self._expect_room(resume)
         parent = self.path
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UsageError(f"cannot write to {parent}; choose another run.folder=…")
         self.check_space()
+
+    def _expect_room(self, resume: bool) -> None:
+        """Raise a UsageError if the folder holds something else than what is asked for; hidden files do not count."""
+        if not self.path.exists() or (resume and self.config.is_file()):
+            return
+        if self.path.is_dir() and all(path.name.startswith(".") for path in self.path.iterdir()):
+            return
+        if resume:
+            raise UsageError(f"--resume: {self.path} is not empty and holds no run (no config.yaml); check run.folder")
+        what = "holds a run already" if self.config.is_file() else "is not empty"
+        raise UsageError(
+            f"{self.path} {what}, and nothing is overwritten: choose another run.folder=…, delete it, "
+            "or continue its run with --resume"
+        )
+
+    def expect_no_owner(self) -> None:
+        """Raise a UsageError if a process is training in this folder."""
+        if self._lock.is_file():
+            with self._owner():
+                pass
+
+    @contextmanager
+    def owned(self, resume: bool) -> Iterator[None]:
+        """Make this process the only one that writes here; the system ends that when the process ends.
+
+        Raises:
+            UsageError: Another process does, or has come first with a run of its own.
+        """
+        with os_errors_as_usage_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with self._owner():
+            self._expect_room(resume)
+            yield
+
+    @contextmanager
+    def _owner(self) -> Iterator[None]:
+        lock = FileLock(self._lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"another process is training in {self.path}; wait until it has ended, or choose another run.folder=…"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_complete(self, steps: int) -> bool:
+        """Whether a run of so many steps has left everything that it leaves."""
+        try:
+            measured = json.loads(self.held_out.read_text(encoding="utf-8"))["steps"]
+            last = measured.get("last", measured["after"])
+            return last == steps and self.report.stat().st_mtime >= self.held_out.stat().st_mtime
+        except (OSError, ValueError, KeyError):
+            return False
 
     def check_space(self, checkpoints_bytes: int = 0) -> None:
         """Raise a UsageError if the disk cannot take a run whose checkpoints need so many bytes."""
@@ -72,8 +132,12 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, and one that was cut off: a resumed run writes them again."""
-        kept = (line for line in self._lines() if json.loads(line)["step"] <= step)
-        self.write(self.metrics, "".join(kept))
+        if self.metrics.is_file():
+            self.write(self.metrics, "".join(line for line in self._lines() if json.loads(line)["step"] <= step))
+
+    def last_row(self) -> int:
+        """The step of the last row of metrics; 0 if there is none."""
+        return max((json.loads(line)["step"] for line in self._lines()), default=0) if self.metrics.is_file() else 0
 
     def _lines(self) -> list[str]:
         with os_errors_as_usage_errors(self.path):
@@ -85,46 +149,56 @@ class RunFolder:
         with whole_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
 
-    @contextmanager
-    def checkpoint(self, step: int, keep: int) -> Iterator[Path]:
-        """A folder to write into, which gets its name when all of it is there; older checkpoints go after that."""
-        with self._whole(self.checkpoints / f"step-{step:06d}") as temporary:
-            yield temporary
-        with os_errors_as_usage_errors(self.path):
-            for old in self.all_checkpoints()[:-keep]:
-                shutil.rmtree(old)
+    def note_resume(self, step: int, changes: Mapping[str, Any]) -> None:
+        """Add what a resumed run changes, from which step on, to `resumed.jsonl`."""
+        with os_errors_as_usage_errors(self.path), self.resumed.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "changed": changes}) + "\n")
 
     @contextmanager
-    def best(self, step: int) -> Iterator[Path]:
+    def checkpoint(self, step: int, keep: int, facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+        """A folder to write into, which gets its name when all of it is there; older checkpoints go after that."""
+        with os_errors_as_usage_errors(self.path):
+            # What a resumed run does not write again is on the disk before what it resumes from.
+            written = [path for path in (self.metrics, *self.measurements.glob("*")) if path.is_file()]
+            flush_to_disk([*written, *{path.parent for path in written}])
+            with self.checkpoints.writing(step, facts) as temporary:
+                yield temporary
+            self.checkpoints.keep(keep, until=step)
+
+    @contextmanager
+    def best_weights(self, step: int) -> Iterator[Path]:
         """A folder for the weights of a step that was measured to be the best so far; whole or not there."""
-        with self._whole(self._best(step)) as temporary:
+        with os_errors_as_usage_errors(self.path), self.best.writing(step) as temporary:
             yield temporary
 
     def forget_best(self, but: int | None) -> None:
         """Remove the weights of steps that are the best no more."""
-        kept = None if but is None else self._best(but)
-        for old in self.checkpoints.glob("best-*"):
-            if old != kept and old.name.removeprefix("best-").isdecimal():
-                shutil.rmtree(old)
+        for step in self.best.steps():
+            if step != but:
+                self.best.remove(step)
 
     def weights(self, step: int) -> Path | None:
-        """The folder with the weights of a step, if they are still there."""
-        return next((f for f in (self._best(step), self.checkpoints / f"step-{step:06d}") if f.is_dir()), None)
-
-    def _best(self, step: int) -> Path:
-        return self.checkpoints / f"best-{step:06d}"
+        """The folder with the weights of a step, if they are still there and whole."""
+        for kept in (self.best, self.checkpoints):
+            with suppress(Unusable):
+                return kept.verify(step)
+        return None
 
     @contextmanager
-    def _whole(self, final: Path) -> Iterator[Path]:
-        """Another name to write a folder to; it gets its own when all of it is there."""
+    def exporting(self) -> Iterator[Path]:
+        """An empty folder to export to; its files go to `lora/`, each in the place of its predecessor, at the end."""
+        temporary = self.path / ".lora.tmp"
         with os_errors_as_usage_errors(self.path):
-            temporary = final.with_name(f".{final.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
             yield temporary
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            flush_to_disk(files)
+            for path in files:
+                place = self.lora / path.relative_to(temporary)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+            shutil.rmtree(temporary)
 
     def show_as_after(self, step: int) -> None:
         """Let `samples/after` be the samples of a step, if it has any."""
@@ -132,15 +206,6 @@ class RunFolder:
         if source.is_dir():
             shutil.rmtree(after, ignore_errors=True)
             shutil.copytree(source, after)
-
-    def all_checkpoints(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("step-*"))
-
-    def latest_checkpoint(self) -> Path:
-        found = self.all_checkpoints()
-        if not found:
-            raise UsageError(f"--resume: {self.checkpoints} holds no checkpoint; start again in another run.folder=…")
-        return found[-1]
 
 
 @contextmanager

@@ -17,19 +17,19 @@ from .measurement import Measurement
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard says of a measurement.
+    """The judgement of a measurement.
 
     Attributes:
         within: Whether the model of that step may be exported as the best.
         stop: Whether training ends here.
         back: Whether the best model is exported then, whatever `checkpoint.export` says.
-        sentences: What was found, for people.
+        sentences: What was found, for people; each by what it is about, such as the name of a witness.
     """
 
     within: bool = True
     stop: bool = False
     back: bool = False
-    sentences: tuple[str, ...] = ()
+    sentences: Mapping[str, str] = field(default_factory=dict)
 
 
 class Guard(ABC):
@@ -71,12 +71,12 @@ class BoundsAndPatience(Guard):
 
     def judge(self, baseline: Measurement, past: Sequence[Measurement], now: Measurement) -> Verdict:
         """See `Guard`."""
-        sentences = [text for name in self.bounds if (text := self._out_of_bounds(name, baseline, now))]
+        sentences = {name: text for name in self.bounds if (text := self._out_of_bounds(name, baseline, now))}
         within = not sentences
         if text := self._impatient([baseline, *past, now]):
-            sentences.append(text)
+            sentences["patience"] = text
         ends = bool(sentences) and self.on_breach != "warn"
-        return Verdict(within, ends, ends and self.on_breach == "back", tuple(sentences))
+        return Verdict(within, ends, ends and self.on_breach == "back", sentences)
 
     def _out_of_bounds(self, name: str, baseline: Measurement, now: Measurement) -> str:
         """The sentence if a witness is out of its bounds."""
@@ -90,7 +90,7 @@ class BoundsAndPatience(Guard):
         if change is None or math.isnan(change.ratio) or change.ratio in bounds:
             return ""
         verb, bound = ("fell", bounds.least) if change.ratio < bounds.least else ("rose", bounds.most)
-        return f"{name} {verb} to {change.ratio:.2f} of the base model's (bound {bound:g}) at step {now.step}"
+        return f"{name} {verb} to {change.ratio:.3g} of the base model's (bound {bound:g}) at step {now.step}"
 
     def _impatient(self, measured: Sequence[Measurement]) -> str:
         """The sentence if the objective has not risen for too long."""
@@ -105,6 +105,13 @@ class BoundsAndPatience(Guard):
             f"the held-out objective at step {measured[-1].step} is no better than at step {measured[best].step}, "
             f"{waited} measurements before (patience {self.patience})"
         )
+
+
+def remarks(verdicts: Sequence[Verdict]) -> list[str]:
+    """The sentences that tell a run: of each thing the first one, and the last measurement's."""
+    first = {about: text for verdict in reversed(verdicts) for about, text in verdict.sentences.items()}
+    last = verdicts[-1].sentences if verdicts else {}
+    return [text for about in first for text in dict.fromkeys((first[about], last.get(about, first[about])))]
 
 
 def score(baseline: Measurement, now: Measurement) -> float:

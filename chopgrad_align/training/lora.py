@@ -15,12 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..common.errors import UsageError
+from ..common.weight_files import difference
 from .low_precision_lora import save_low_precision_inputs
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_config"
 _SECOND = "transformer_2"
-_TRAINED = ("transformer", _SECOND, "unet")
+TRAINED = ("transformer", _SECOND, "unet")
+
+
+def freeze(pipe: Any) -> None:
+    """Take the gradient from all weights of a pipeline."""
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
 
 
 def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
@@ -29,12 +37,10 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
     The LoRA's weights are float32 whatever the denoiser's type: updates of bfloat16 weights fall below their rounding
     step and training silently stops.
     """
-    for component in pipe.components.values():
-        if isinstance(component, nn.Module):
-            component.requires_grad_(False)
-    denoisers = {name: pipe.components[name] for name in _TRAINED if pipe.components.get(name) is not None}
+    freeze(pipe)
+    denoisers = {name: pipe.components[name] for name in TRAINED if pipe.components.get(name) is not None}
     if not denoisers:
-        raise UsageError(f"{type(pipe).__name__} has no denoiser among {', '.join(_TRAINED)}")
+        raise UsageError(f"{type(pipe).__name__} has no denoiser among {', '.join(TRAINED)}")
     if hasattr(pipe, "load_lora_weights") and (lost := set(denoisers).difference(pipe._lora_loadable_modules)):
         raise UsageError(f"{type(pipe).__name__}: diffusers could not load a LoRA of {', '.join(lost)} again")
     for name, denoiser in denoisers.items():
@@ -80,7 +86,15 @@ def lora_state(denoisers: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def load_lora_state(denoisers: dict[str, nn.Module], state: Mapping[str, Tensor]) -> None:
-    """Take over the weights that `lora_state` returned."""
+    """Take over the weights that `lora_state` returned.
+
+    Raises:
+        UsageError: Others; peft would take what fits and leave the rest.
+    """
+    if found := difference(state, lora_state(denoisers)):
+        raise UsageError(
+            f"the LoRA has other weights than these layers: {found}; give one of the same model and layers"
+        )
     for name, denoiser in denoisers.items():
         own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
         set_peft_model_state_dict(denoiser, own)
@@ -145,7 +159,7 @@ def load_lora(pipe: Any, path: Path, adapter: str | None = None, scale: float = 
             with safe_open(path, "pt") as file:
                 config = LoraConfig(**json.loads(file.metadata()[_CONFIG]))
             load_lora_state(add_lora(pipe, config), load_file(path))
-    for name in _TRAINED:
+    for name in TRAINED:
         if pipe.components.get(name) is not None:
             scale_lora_layers(pipe.components[name], scale)
 

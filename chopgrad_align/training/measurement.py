@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.video import write_video
-from ..evaluation.witnesses import Witness
+from ..evaluation.witnesses import Witness, on_device
 from ..objective.objective import Objective
 from ..objective.terms import Reference
 from ..sampling.predictions import Prediction
@@ -144,6 +144,7 @@ def evaluate(
     batch: int,
     share: tuple[int, int] = (0, 1),
     videos: tuple[Path, int, float] | None = None,
+    interrupted: Callable[[], int] = lambda: 0,
 ) -> Scores:
     """Score this process's share of the held-out pairs; random frames are those of the pair's seed.
 
@@ -154,6 +155,7 @@ def evaluate(
         share: This process's rank and the number of processes.
         videos: Folder, number and frames per second of the mp4 files to write, of the first pairs of all; conditions
             and targets, if there are any, go into folders beside it, once.
+        interrupted: Asked before each batch; the rest is left out if it is not 0.
 
     Returns:
         The scores of the share.
@@ -164,9 +166,11 @@ def evaluate(
     scores = Scores([], {n: [] for n in terms}, {n: [] for n in terms}, {n: [] for n in witnesses})
     with (
         tqdm(total=stop - start, desc="held-out", leave=False, disable=rank != 0) as bar,
-        _on_device(witnesses, pipe.device),
+        on_device(witnesses, pipe.device),
     ):
         for first in range(start, stop, batch):
+            if interrupted():
+                break
             places = range(first, min(first + batch, stop))
             chosen = batches.held_out(places)
             video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents)
@@ -200,19 +204,6 @@ def pictures(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         tqdm.write(f"{what} could not be made, and the run goes on without it ({reason})")
-
-
-@contextmanager
-def _on_device(witnesses: Mapping[str, Witness], device: torch.device) -> Iterator[None]:
-    """Networks of witnesses are on the device for a measurement only: training needs the memory."""
-    modules = [witness.module for witness in witnesses.values() if witness.module is not None]
-    try:
-        for module in modules:
-            module.to(device)
-        yield
-    finally:
-        for module in modules:
-            module.to("cpu")
 
 
 def predict(

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from ..common.arguments import nearest
-from ..common.errors import UsageError
+from ..common.arguments import nearest, shown, usable_path
+from ..common.errors import UsageError, located
+from ..common.loading import construct
 from ..objective.losses import load_loss
 from ..objective.objective import Objective
 from ..objective.reward import load_reward
 from ..objective.reward.loading import to_device
-from ..objective.terms import LatentTerm, LossTerm, RewardTerm, Term
+from ..objective.terms import BaseDistanceTerm, LatentTerm, LossTerm, RewardTerm, Term
 from ..sampling.predictions.latents import known_family
 from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
+from .config import Term as OwnTerm
 from .lora import fuse_lora, lora_file
 
 _LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffusion": "outputs"}
@@ -27,7 +30,8 @@ _LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffu
 
 def check_pipeline(name: str, argument: str) -> None:
     """Raise a UsageError, which calls it `argument`, for a name that is neither a pipeline's folder nor a hub id."""
-    folder = Path(name)
+    with located(argument):
+        folder = Path(usable_path(name))
     if folder.exists():
         if not (folder / "model_index.json").is_file():
             raise UsageError(f"{argument}: {folder} holds no diffusers pipeline (no model_index.json)")
@@ -53,9 +57,11 @@ def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str
     dtype = {component: getattr(torch, dtype) for component, dtype in dtypes.items()}
     try:
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{argument}: cannot load {name}; check the name and the network ({reason})") from error
+    except Exception as error:  # of diffusers, transformers, safetensors and the hub, each of which has its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(
+            f"{argument}: cannot load {name}; check the name, its files and the network ({reason})"
+        ) from error
 
 
 def check_model(model: Model) -> None:
@@ -80,7 +86,7 @@ def load_pipeline(model: Model) -> Any:
     for lora in model.loras.values():
         fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second)
     if model.scheduler:
-        pipe.scheduler = _scheduler(pipe, dict(model.scheduler))
+        pipe.scheduler = _scheduler(pipe, dict(model.scheduler), model.call.get("num_inference_steps"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -94,7 +100,7 @@ def check_prediction(pipe: Any, config: Config) -> None:
         raise UsageError("WanVACEPipeline takes one clip a call: set train.micro_batch=1 and validation.batch=1")
 
 
-def _scheduler(pipe: Any, settings: dict[str, Any]) -> Any:
+def _scheduler(pipe: Any, settings: dict[str, Any], steps: Any) -> Any:
     import diffusers
 
     name = settings.pop("name", type(pipe.scheduler).__name__)
@@ -103,19 +109,51 @@ def _scheduler(pipe: Any, settings: dict[str, Any]) -> Any:
         raise UsageError(f"model.scheduler.name: diffusers has no {name!r}{nearest(name, known)}")
     cls = getattr(diffusers, name)
     accepted = inspect.signature(cls.__init__).parameters
-    for key in settings:
+    for key, value in settings.items():
         if key not in accepted:
             raise UsageError(f"model.scheduler: {name} has no setting {key!r}{nearest(key, accepted)}")
-    return cls.from_config(pipe.scheduler.config, **settings)
+        _check_setting(f"model.scheduler.{key}", value, accepted[key].annotation)
+    try:
+        scheduler = cls.from_config(pipe.scheduler.config, **settings)
+        if not scheduler.config.get("use_dynamic_shifting"):  # or the pipeline tells the shift for its size
+            scheduler.set_timesteps(steps if type(steps) is int and 0 < steps <= 1000 else 10)
+    except Exception as error:  # each scheduler has its own ways to refuse
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"model.scheduler: {name} refuses {settings} ({type(error).__name__}: {reason})") from error
+    times = scheduler.timesteps
+    if times is not None and not torch.as_tensor(times).isfinite().all():
+        raise UsageError(f"model.scheduler: with {settings} the times of {name} are not finite")
+    return scheduler
+
+
+def _check_setting(argument: str, value: Any, annotation: Any) -> None:
+    """Raise a UsageError for another type than a signature declares, as far as it declares one."""
+    allowed = set(get_args(annotation) or [annotation])
+    if allowed <= {bool, int, float, str, type(None)} and not (
+        type(value) in allowed or (float in allowed and type(value) is int)
+    ):
+        kinds = " or ".join(sorted(kind.__name__ for kind in allowed - {type(None)}))
+        raise UsageError(f"{argument}: expected {kinds}, got {shown(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{argument}: expected a finite number, got {value}")
 
 
 def load_objective(
-    rewards: Mapping[str, Reward], device: torch.device, losses: Mapping[str, Loss] | None = None
+    rewards: Mapping[str, Reward],
+    device: torch.device,
+    losses: Mapping[str, Loss] | None = None,
+    own: Mapping[str, OwnTerm] | None = None,
+    reference: float = 0.0,
 ) -> Objective:
-    """The terms that a config names, with their networks on the device."""
+    """The terms that a config names, with their networks on the device; `reference` weighs the distance to the base.
+
+    Raises:
+        UsageError: One that cannot be loaded, or is none.
+    """
     terms: dict[str, Term] = {}
     for key, reward in rewards.items():
-        loaded = to_device(load_reward(reward.name, **reward.args), device)
+        with located(f"rewards.{key}"):
+            loaded = to_device(load_reward(reward.name, **reward.args), device)
         terms[key] = RewardTerm(loaded, reward.weight, reward.cap, reward.target, reward.normalize)
     for key, loss in (losses or {}).items():
         if loss.name in _LATENT:
@@ -123,5 +161,17 @@ def load_objective(
                 raise UsageError(f"losses.{key}.args: {loss.name!r} takes none")
             terms[key] = LatentTerm(_LATENT[loss.name], loss.weight)
         else:
-            terms[key] = LossTerm(to_device(load_loss(loss.name, **loss.args), device), loss.weight)
+            with located(f"losses.{key}"):
+                terms[key] = LossTerm(to_device(load_loss(loss.name, **loss.args), device), loss.weight)
+    for key, settings in (own or {}).items():
+        term = construct("term", settings.name, settings.name, {"weight": settings.weight, **settings.args})
+        if not isinstance(term, Term):
+            raise UsageError(
+                f"terms.{key}.name: {settings.name} made a {type(term).__name__}, expected a chopgrad_align.Term"
+            )
+        if term.module is not None:
+            to_device(term.module, device)
+        terms[key] = term
+    if reference:
+        terms["reference"] = BaseDistanceTerm(reference)
     return Objective(terms)

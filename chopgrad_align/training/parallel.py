@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from ..common.errors import UsageError
+
+T = TypeVar("T")
+
+# What a configuration of accelerate can ask for and the trainer does not do: its variable, the value that asks for
+# nothing, and what to do instead.
+_NOT_OBEYED = {
+    "ACCELERATE_USE_FSDP": ("false", "FSDP", "every process holds the whole model"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed", "every process holds the whole model"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM", "every process holds the whole model"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a parallelism config", "every process holds the whole model"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "mixed precision", "set model.dtype instead"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "torch.compile", "models run as they are"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "gradient accumulation", "set train.micro_batch instead"),
+}
+
+
+def check_launch() -> None:
+    """Raise a UsageError for what a launcher's environment asks for and would not get."""
+    for variable, (nothing, what, instead) in _NOT_OBEYED.items():
+        value = os.environ.get(variable, nothing)
+        if value.lower() != nothing:
+            raise UsageError(
+                f"accelerate is configured for {what} ({variable}={value}), which this trainer does not do: {instead}; "
+                "change it by `accelerate config`, or by an option of `accelerate launch`"
+            )
+    # It sets the address of a main process for several, and then starts one.
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    on_cpu, several = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true", "MASTER_PORT" in os.environ
+    if on_cpu and several and not any(rank in os.environ for rank in ranks):
+        raise UsageError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says; for several on the CPU: "
+            "torchrun --nproc_per_node N scripts/align.py …"
+        )
+
+
+def launched_as_main() -> bool:
+    """Whether this is the main process, as its launcher says before the processes know each other."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class LostContactError(RuntimeError):
+    """Another process ended, or does not answer."""
 
 
 class Replicas:
@@ -21,11 +65,22 @@ class Replicas:
         trackers: Names of experiment trackers.
         folder: Where those keep their files.
         threads: CPU threads of this process; default its share of the cores.
+        timeout: Seconds that processes wait for each other.
     """
 
-    def __init__(self, trackers: Sequence[str] = (), folder: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        trackers: Sequence[str] = (),
+        folder: str | None = None,
+        threads: int | None = None,
+        timeout: float = 1800.0,
+    ) -> None:
+        self._timeout = timeout
         self._accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), log_with=[*trackers] or None, project_dir=folder
+            cpu=not torch.accelerator.is_available(),
+            log_with=[*trackers] or None,
+            project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))],
         )
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self.device, self.is_main = self._accelerator.device, self._accelerator.is_main_process
@@ -50,11 +105,13 @@ class Replicas:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows of all processes, in the order of ranks, on the CPU."""
-        return self._accelerator.gather(rows).cpu()
+        with self._others():
+            return self._accelerator.gather(rows).cpu()
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """One thing of each process, in the order of ranks."""
-        return gather_object([thing])
+        with self._others():
+            return gather_object([thing])
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Add up gradients over the processes.
@@ -74,11 +131,43 @@ class Replicas:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the processes."""
-        return self._accelerator.reduce(tensor, "sum")
+        with self._others():
+            return self._accelerator.reduce(tensor, "sum")
+
+    def greatest(self, number: int) -> int:
+        """The greatest number that any process has."""
+        if self.world == 1:
+            return number
+        return int(self.gather(torch.tensor([number], device=self.device)).max())
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What a function returns on the main process, the only one that calls it; its UsageError is raised by all."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [function(), None]
+            except UsageError as error:
+                outcome = [None, error]
+        with self._others():
+            result, failure = broadcast_object_list(outcome)
+        if failure is not None:
+            raise failure
+        return result
 
     def wait(self) -> None:
         """Wait for the other processes."""
-        self._accelerator.wait_for_everyone()
+        with self._others():
+            self._accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _others(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostContactError(
+                f"process {self.rank} waited for the others in vain: one of them ended, whose error is above, or hangs "
+                f"for longer than parallel.timeout={self._timeout:g} seconds"
+            ) from error
 
     def start_trackers(self) -> None:
         """Open the experiment trackers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -10,6 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+try:
+    import resource
+except ImportError:  # there is none on Windows
+    resource = None  # type: ignore[assignment]
+
+_COUNTED = ("cuda", "xpu")  # devices of their own memory that torch keeps count of
 
 
 class Phases:
@@ -32,20 +38,27 @@ class Phases:
             self._open.pop()
 
     def _mark(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # or the work would be counted where it is waited for
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)  # or the work would be counted where it is waited for
         now = time.perf_counter()
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
         self._since = now
 
     def collect(self) -> dict[str, float]:
-        """`seconds/NAME` since the last collection, and `peak_memory_gib`: of the device, or the process's on CPU."""
+        """`seconds/NAME` since the last collection, and `peak_memory_gib`.
+
+        That is of the device if it counts its own memory, else the most that the process ever had; left out where the
+        system does not say.
+        """
         row = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
-        if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
+        if self._device.type in _COUNTED:
+            device = torch.get_device_module(self._device)
+            peak = device.max_memory_allocated(self._device)
+            device.reset_peak_memory_stats(self._device)
+        elif resource is not None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        else:
+            return row
         return {**row, "peak_memory_gib": peak / 2**30}

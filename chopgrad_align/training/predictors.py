@@ -67,7 +67,7 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
         )
     check_model(config.model)
     files = {name: None if lora is None else lora_file(lora) for name, lora in loras.items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     pipe = load_pipeline(config.model).to(device)
     adapters = {name: f"method_{i}" for i, name in enumerate(files)}  # peft takes no dots in its names
     for name, file in files.items():

@@ -2,58 +2,69 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-from typing import Any
+from contextlib import ExitStack
 
 from ..common.errors import UsageError
 from ..evaluation.heldout import Paired
 from ..evaluation.witnesses import check_witnesses
 from .build import load_models, make_guard, make_method, make_state, make_witnesses
-from .config import Config, load_config
+from .config import Config
 from .data import Data, read_data
 from .folder import RunFolder
 from .history import History
 from .models import check_model
-from .parallel import Replicas
+from .parallel import Replicas, check_launch, launched_as_main
 from .phases import Phases
+from .resume import expect_same_inputs, expect_same_run
+from .stopping import StopRequests
 from .trainer import Trainer
 
-# What a resumed run may have another of.
-_FREE = (
-    *("run.folder", "run.threads", "data.cache", "train.steps", "train.micro_batch"),
-    *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "guard.", "trackers"),
-    *("model.gradient_checkpointing", "model.fps", "gradient.cache", "gradient.checkpoint", "gradient.rows"),
-)
 
-
-def train(config: Config, resume: bool = False, dry_run: bool = False) -> Paired | None:
+def train(config: Config, resume: bool = False, dry_run: bool = False, allow_changed: bool = False) -> Paired | None:
     """Train, measure, save and report; the main process returns the held-out comparison of before and after.
+
+    Args:
+        config: Of the run. It is code: files that it names as rewards are executed, so load only configs you trust.
+        resume: Go on from the last whole checkpoint of the run folder; from the beginning if there is none yet. Of a
+            run that is complete nothing is done, and None returned.
+        dry_run: Stop before sampling, and write nothing.
+        allow_changed: Resume though files have changed that the run reads.
 
     Raises:
         UsageError: Anything about the config that can be known before long work; a reward that breaks its contract;
             three steps in a row whose loss or gradient is not finite.
+        Interrupted: SIGINT, SIGTERM or SIGUSR1 came, and everything is saved and reported.
     """
-    data = check_files(config, resume)
-    trainer = build(config, data)
+    folder = RunFolder(config.run.folder)
+    check_launch()
+    folder.check(resume)
+    if launched_as_main():
+        folder.expect_no_owner()
+    if resume:
+        expect_same_run(config, folder)
+        if folder.is_complete(config.train.steps):
+            if launched_as_main():
+                print(f"{folder.path} is complete, with {config.train.steps} steps: there is nothing to do")
+            return None
+        expect_same_inputs(config, folder, allow_changed)
+    trainer = build(config, check_files(config))
     if trainer.parallel.is_main:
         print(trainer)
     if dry_run:
         return None
-    trainer.prepare(resume)
-    return trainer.run()
+    with ExitStack() as until_the_end:
+        trainer.parallel.on_main(lambda: until_the_end.enter_context(trainer.folder.owned(resume)))
+        trainer.prepare(resume)
+        return trainer.run()
 
 
-def check_files(config: Config, resume: bool) -> Data:
-    """What can be checked without loading a model; returns the training and the held-out data.
+def check_files(config: Config) -> Data:
+    """Check what can be checked without loading a model; returns the training and the held-out data.
 
     Raises:
-        UsageError: A run folder, prompt file, folder of videos, model, batch size or tracker that cannot work.
+        UsageError: A prompt file, folder of videos, model, batch size or tracker that cannot work.
     """
-    folder = RunFolder(config.run.folder)
-    folder.check(resume)
-    if resume:
-        _expect_same_run(config, folder)
     check_model(config.model)
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
@@ -68,7 +79,7 @@ def build(config: Config, data: Data) -> Trainer:
         UsageError: As `load_models`; a batch that the processes cannot share; a reward that breaks its contract; a
             disk too small for the checkpoints.
     """
-    parallel = Replicas(config.trackers, config.run.folder, config.run.threads)
+    parallel = Replicas(config.trackers, config.run.folder, config.run.threads, config.parallel.timeout)
     shares = parallel.shares(config.train.batch_size, config.train.micro_batch)
     if config.validation.pairs < parallel.world:
         raise UsageError(
@@ -82,7 +93,7 @@ def build(config: Config, data: Data) -> Trainer:
         prompts = (batches.prompts(0) * 2)[:2]  # there may be one
         term.check(name, prompts, call.get("num_frames", 5), size, parallel.device)
     witnesses = make_witnesses(config)
-    check_witnesses(witnesses, (batches.prompts(0) * 2)[:2], call.get("num_frames", 5), size)
+    check_witnesses(witnesses, (batches.prompts(0) * 2)[:2], call.get("num_frames", 5), size, parallel.device)
     # Weights and two moments in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
@@ -101,26 +112,5 @@ def build(config: Config, data: Data) -> Trainer:
         history=History(folder.measurements),
         folder=folder,
         phases=phases,
+        requests=StopRequests(say=parallel.is_main),
     )
-
-
-def _expect_same_run(config: Config, folder: RunFolder) -> None:
-    """A resumed run may be longer, be watched otherwise, and save memory otherwise, but must compute the same.
-
-    What saves memory in `gradient` and `model` changes gradients within rounding only: with other settings than before,
-    the run is that of before to a tolerance, and not to the bit.
-    """
-    saved, asked = _flat(load_config(folder.config)), _flat(config)
-    for key in {**asked, **saved}:
-        one, other = saved.get(key, "nothing"), asked.get(key, "nothing")
-        if one != other and not key.startswith(_FREE):
-            raise UsageError(f"--resume: {key} differs from the run in {folder.path}: it has {one}, not {other}")
-
-
-def _flat(tree: Any, key: str = "") -> dict[str, str]:
-    """Each value of a config, as it is written in Python, by its whole key."""
-    if dataclasses.is_dataclass(tree):
-        tree = vars(tree)
-    if not isinstance(tree, dict):
-        return {key: repr(tree)}
-    return {k: v for name, value in tree.items() for k, v in _flat(value, f"{key}.{name}" if key else name).items()}

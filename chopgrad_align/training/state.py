@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..objective.statistics import Statistics
+from .average import Average
+from .optimizers import at_average, has_average
 from .trainable import Trainable
 
 
@@ -61,20 +64,48 @@ class TrainState:
         trainable: Holds the trained weights.
         optimizer: Updates them.
         schedule: Sets its learning rate; one step of it a step of the run.
+        average: Of the weights, if there is one.
         progress: Everything else.
     """
 
     trainable: Trainable
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
+    average: Average | None = None
     progress: Progress = field(default_factory=Progress)
 
+    def update(self) -> None:
+        """Change the weights by their gradients."""
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the weights are those that are measured and exported: their average, if there is one."""
+        if self.average is None and not has_average(self.optimizer):
+            yield
+            return
+        # Kept and put back: a schedule-free optimizer interpolates there and back, which is not exact.
+        parameters = self.trainable.parameters
+        trained = [parameter.detach().clone() for parameter in parameters]
+        try:
+            with at_average(self.optimizer):
+                if self.average is not None:
+                    self.average.apply()
+                yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, trained, strict=True):
+                    parameter.copy_(value)
+
     def state_dict(self) -> dict[str, Any]:
-        """The trained weights as tensors by name, the states of optimizer and schedule, and the progress."""
+        """The trained weights as tensors by name, the states of optimizer, schedule and average, and the progress."""
         return {
             "weights": self.trainable.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "average": None if self.average is None else self.average.weights,
             "progress": self.progress.state_dict(),
         }
 
@@ -83,4 +114,13 @@ class TrainState:
         self.trainable.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if self.average is not None:
+            self.average.load(state["average"])
         self.progress = Progress.from_state_dict(state["progress"])
+
+    def change_learning_rate(self, learning_rate: float) -> None:
+        """Let the schedule go on from another full learning rate."""
+        ratio = learning_rate / self.schedule.base_lrs[0]
+        self.schedule.base_lrs = [ratio * each for each in self.schedule.base_lrs]
+        for group in self.optimizer.param_groups:
+            group["lr"], group["initial_lr"] = ratio * group["lr"], ratio * group["initial_lr"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .lora import add_lora, load_lora_state, lora_parameters, lora_state, save_lora
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """The part of a pipeline that is trained; everything else of it is frozen.
 
@@ -54,16 +55,12 @@ class LoraOnDenoisers:
     Args:
         pipe: Frozen, and given the LoRA, here.
         adapter: Rank, scale, layers and dropout.
-        gradient_checkpointing: Whether the denoisers recompute their blocks in the backward pass.
     """
 
-    def __init__(self, pipe: Any, adapter: LoraConfig, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, pipe: Any, adapter: LoraConfig) -> None:
         self._pipe, self._adapter = pipe, adapter
         self.denoisers = add_lora(pipe, adapter)
         self.parameters = lora_parameters(self.denoisers)
-        if gradient_checkpointing:
-            for denoiser in self.denoisers.values():
-                denoiser.enable_gradient_checkpointing()
 
     def train(self) -> None:
         """Switch dropout on, if there is any; other layers of a frozen model stay as in inference."""

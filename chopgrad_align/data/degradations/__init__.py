@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from ...common.arguments import nearest
+from ...common.arguments import nearest, shown
 from ...common.errors import UsageError
 from .base import Chain, Degradation, Maybe, OneOf
 from .blur import Blur, Sinc
@@ -52,7 +52,7 @@ def load_degradation(spec: Any) -> Degradation:
     Raises:
         UsageError: An unknown name or field, or a value that it cannot have.
     """
-    if isinstance(spec, list):
+    if isinstance(spec, list) and spec:
         return Chain(tuple(load_degradation(part) for part in spec))
     return _named(spec, DEGRADATIONS, "degradation")
 
@@ -67,8 +67,8 @@ def load_mask(spec: Any) -> Mask:
 
 
 def _named(spec: Any, known: Mapping[str, type], what: str) -> Any:
-    if not isinstance(spec, Mapping) or "name" not in spec:
-        raise UsageError(f"expected a {what} with a name and its settings, got {spec!r}")
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise UsageError(f"expected a {what} with a name and its settings, got {shown(spec)}")
     name = spec["name"]
     if name not in known:
         raise UsageError(f"no {what} is called {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
@@ -76,6 +76,8 @@ def _named(spec: Any, known: Mapping[str, type], what: str) -> Any:
 
 
 def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(settings, Mapping):
+        raise UsageError(f"{where}: expected settings by name, got {shown(settings)}")
     hints, names = get_type_hints(kind), [field.name for field in fields(kind)]
     values = {}
     for key, value in settings.items():
@@ -90,12 +92,16 @@ def _built(kind: type, settings: Mapping[str, Any], where: str) -> Any:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     if hint == tuple[Degradation, ...]:
+        if not isinstance(value, list) or not value:
+            raise UsageError(f"{where}: expected a list of degradations, got {shown(value)}")
         return tuple(load_degradation(part) for part in value)
     if hint is Degradation:
         return load_degradation(value)
     if is_dataclass(hint):
         return _built(hint, value, where)  # type: ignore[arg-type]
+    if hint is not bool and any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value])):
+        raise UsageError(f"{where}: expected numbers or names, got {shown(value)}")
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        raise UsageError(f"{where}: {error.errors()[0]['msg']}, got {value!r}") from error
+        raise UsageError(f"{where}: {error.errors()[0]['msg']}, got {shown(value)}") from error

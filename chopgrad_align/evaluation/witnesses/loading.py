@@ -17,7 +17,7 @@ from .diversity import Diversity
 from .flicker import Flicker
 from .flow import Flow
 from .motion import Motion
-from .protocol import Witness
+from .protocol import Witness, on_device
 from .reward import RewardWitness
 from .saturation import Saturation
 from .sharpness import Sharpness
@@ -35,23 +35,24 @@ BUILT_IN: Mapping[str, type[Witness]] = {
 """Those of every run, unless it leaves them out."""
 
 
-def check_witnesses(witnesses: Mapping[str, Witness], prompts: list[str], frames: int, size: tuple[int, int]) -> None:
-    """Let witnesses of the user's own observe a small random video, on the CPU.
+def check_witnesses(
+    witnesses: Mapping[str, Witness], prompts: list[str], frames: int, size: tuple[int, int], device: torch.device
+) -> None:
+    """Let witnesses that are not built in observe a small random video on a device.
 
     Raises:
         UsageError: One does not return a tensor with an entry for each video.
     """
-    video = torch.rand((len(prompts), frames, 3, *size), generator=torch.Generator().manual_seed(0))
-    for name, witness in witnesses.items():
-        if type(witness) in BUILT_IN.values():
-            continue
-        with torch.no_grad():
+    own = {name: witness for name, witness in witnesses.items() if type(witness) not in BUILT_IN.values()}
+    video = torch.rand((len(prompts), frames, 3, *size), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad(), on_device(own, device):
+        for name, witness in own.items():
             kept: Any = witness.observe(video, prompts, range(len(prompts)))
-        if not isinstance(kept, Tensor) or kept.shape[:1] != (len(prompts),):
-            what = f"a tensor of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else f"a {type(kept).__name__}"
-            raise UsageError(
-                f"witnesses.{name}: observe returned {what} for {len(prompts)} videos, expected an entry each"
-            )
+            if not isinstance(kept, Tensor) or kept.shape[:1] != (len(prompts),):
+                what = tuple(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
+                raise UsageError(
+                    f"witnesses.{name}: expected a tensor with an entry for each of {len(prompts)} videos, got {what}"
+                )
 
 
 def load_witness(key: str, name: str, args: Mapping[str, Any]) -> Witness:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .bounds import Bounds
@@ -52,6 +54,23 @@ class Witness(ABC):
             groups: Equal for pairs that differ in the seed alone.
         """
         return [item.item() for item in kept]
+
+
+@contextmanager
+def on_device(witnesses: Mapping[str, Witness], device: torch.device) -> Iterator[None]:
+    """A block in which networks of witnesses are on a device; after it they are on the CPU.
+
+    Training needs the memory, and is most of the time. What a reward keeps of prompts stays where it was computed, so
+    that a witness observes on one device only.
+    """
+    modules = [witness.module for witness in witnesses.values() if witness.module is not None]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")
 
 
 def luma(video: Tensor) -> Tensor:

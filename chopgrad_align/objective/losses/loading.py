@@ -22,7 +22,7 @@ LOSSES = {
 """The classes of the published names; imported when they are asked for, with the libraries that they need."""
 
 
-def load_loss(name: str, **args: object) -> Loss:
+def load_loss(name: str, /, **args: object) -> Loss:
     """Construct a loss from its name in a config.
 
         load_loss("charbonnier", inside=1.0, outside=0.1)

@@ -17,7 +17,7 @@ _Scorer = TypeVar("_Scorer")
 ENTRY_POINTS = "chopgrad_align.rewards"
 
 
-def load_reward(name: str, **args: object) -> Reward:
+def load_reward(name: str, /, **args: object) -> Reward:
     """Construct a reward from its name in a config.
 
         load_reward("hps_v2", version="v2.1")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from ...objective.objective import Objective
 from ...objective.statistics import Statistics
 from ...objective.terms import Reference
 from ...sampling.predictions import Prediction, Sample
-from ...sampling.rollout import Clips, clips
+from ...sampling.rollout import RolloutPart, rollout_parts
 from ...sampling.steps import StepPolicy
+from .base_distance import BaseDistance
 from .protocol import MicroBatch
 from .streaming import StreamedLosses, can_stream
 
@@ -35,6 +36,7 @@ class DirectGradient:
         phases: A context for each named part, for what measures them.
         decode: How to decode; `decode_selected_frames` with all its arguments.
         prediction: How the pipeline's call predicts a video.
+        base: Context in which the denoiser is the untrained one.
     """
 
     pipe: Any
@@ -46,6 +48,7 @@ class DirectGradient:
     phases: Callable[[str], AbstractContextManager[None]]
     decode: Callable[..., Tensor] = decode_selected_frames
     prediction: Prediction = field(default_factory=Sample)
+    base: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
         """See `Method`."""
@@ -64,9 +67,10 @@ class DirectGradient:
                 streamed = StreamedLosses(self.objective, target, mask, batch.weights)
                 return streamed.decode(whole, *args, **kwargs)
 
+        distance = BaseDistance(self.base, len(batch.prompts))
         latents = self.objective.reads_latents
         with self.prediction.prepare(self.pipe, batch.videos, batch.seeds, True, latents) as prepared:
-            made = clips(
+            made = rollout_parts(
                 self.pipe,
                 {**call, **prepared.inputs},
                 self.steps,
@@ -74,19 +78,21 @@ class DirectGradient:
                 decode=decode,
                 output_type="pt" if self.objective.reads_pixels else "latent",
                 steps_seed=batch.steps_seed,
+                observe=distance.observe if self.objective.reads_base else None,
             )
             rows = []
-            while (clip := self._next(made)) is not None:
-                rows.append(clip.share * self._backward(clip, batch, prepared.reference(), streamed, statistics))
+            while (part := self._next(made)) is not None:
+                reference = replace(prepared.reference(), base_distance=distance.take())
+                rows.append(part.share * self._backward(part, batch, reference, streamed, statistics))
         return torch.stack(rows).sum(0)
 
-    def _next(self, made: Iterator[Clips]) -> Clips | None:
+    def _next(self, made: Iterator[RolloutPart]) -> RolloutPart | None:
         with self.phases("sampling"):
             return next(made, None)
 
     def _backward(
         self,
-        clip: Clips,
+        part: RolloutPart,
         batch: MicroBatch,
         reference: Reference,
         streamed: StreamedLosses | None,
@@ -95,12 +101,12 @@ class DirectGradient:
         """Score clips and take the gradient, before the next ones are made; returns rows as `accumulate` does."""
         with self.phases("reward"):
             known = {} if streamed is None else streamed.scores
-            scores = self.objective.scores(clip.video, batch.prompts, batch.frame_seeds, reference, known)
+            scores = self.objective.scores(part.video, batch.prompts, batch.frame_seeds, reference, known)
             values = self.objective.values(scores, batch.weights, statistics)
             total = torch.stack([*values.values()]).sum(0)
         with self.phases("backward"):
             # The streamed losses are part of the total's value, but not of its graph.
             whole_batch = total.sum() if streamed is None else total.sum() + streamed.value
-            (-clip.share * whole_batch / self.batch_size).backward()
+            (-part.share * whole_batch / self.batch_size).backward()
         columns = [total, *scores.values(), *values.values()]
         return torch.stack([column.detach().float() for column in columns], 1)
