@@ -10,7 +10,7 @@ from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align import UsageError, load_config, train
 from chopgrad_align.evaluation.changes import changes, summary
-from chopgrad_align.training import trainer
+from chopgrad_align.training import outcome
 from chopgrad_align.training.checkpoints import read_weights
 
 OWN = """
@@ -141,7 +141,7 @@ def test_scores_that_are_not_finite_and_pictures_that_fail_cost_nothing(configur
     def broken(*args):
         raise ValueError("no ink")
 
-    monkeypatch.setattr(trainer, "draw_curves", broken)
+    monkeypatch.setattr(outcome, "draw_curves", broken)
     monkeypatch.setattr("chopgrad_align.training.measurement.write_video", broken)
     reward = f"rewards={{own: {{name: '{tmp_path}/own.py:Partial'}}}}"
     assert train(configure(reward, "validation.pairs=3")) is not None  # two pairs are left
