@@ -13,7 +13,7 @@ from .folder import RunFolder
 
 # Changes nothing that is computed, but for rounding.
 _FREE = (
-    *("run.folder", "run.threads", "data.cache", "train.steps", "trackers", "parallel."),
+    *("run.folder", "run.threads", "data.cache", "trackers", "parallel."),
     *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "guard."),
     *("model.gradient_checkpointing", "model.fps", "gradient.cache", "gradient.checkpoint", "gradient.rows"),
 )
@@ -40,6 +40,7 @@ def changed_settings(config: Config, folder: RunFolder) -> dict[str, Any]:
         UsageError: The config would have computed something else from the start.
     """
     free = _FREE if draws_by_micro_batch(config) else (*_FREE, "train.micro_batch")
+    free = free if config.train.schedule_reads_steps else (*free, "train.steps")
     saved, asked = (dict(leaves(each)) for each in (load_config(folder.config), config))
     found = {}
     for key in {**asked, **saved}:
