@@ -13,7 +13,7 @@ import torch
 from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align.common.errors import Interrupted, UsageError, exit_on_usage_error
-from chopgrad_align.training import checkpoints, measurement, resume, trainer
+from chopgrad_align.training import checkpoints, measurement, observers, outcome, resume, trainer, validation
 from chopgrad_align.training.checkpoints import Checkpoints, write_weights
 from chopgrad_align.training.config import Named, load_config, to_yaml
 from chopgrad_align.training.fingerprints import fingerprints
@@ -94,11 +94,11 @@ def kill():
 
 
 def test_a_run_that_is_killed_everywhere_is_the_run_that_was_not(again, straight, tmp_path):
-    disturbed(again(), trainer.Trainer, "log", kill)  # before the first checkpoint
+    disturbed(again(), observers.Observers, "row", kill)  # before the first checkpoint
     disturbed(again(), trainer.Trainer, "step", kill, call=2)
     disturbed(again(), checkpoints, "write_weights", kill)  # into the checkpoint of step 2
-    disturbed(again(), trainer, "evaluate", kill)  # of step 2, which has been saved
-    disturbed(again(), trainer, "draw_samples", kill)
+    disturbed(again(), validation, "evaluate", kill)  # of step 2, which has been saved
+    disturbed(again(), outcome, "draw_samples", kill)
     run = tmp_path / "run"
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')  # cut off
