@@ -117,7 +117,7 @@ def test_every_key_takes_or_refuses_every_value(key):
         (["~"], r"'~' leaves out a key that the config does not have$"),
         (["~a.b.c"], r"'~a.b.c' leaves out a key that the config does not have$"),
         (["run.folder=${run.folder}"], r"^cannot read the config .*Recursive interpolation"),
-        (["run.folder=${model.name}", "model.name=${run.folder}"], r"^cannot read the config .*Recursive interpolation"),
+        (["run.folder=${model.name}", "model.name=${run.folder}"], r"^cannot read .*Recursive interpolation"),
         (["rewards.colour.args=" + "{a: " * 400 + "1" + "}" * 400], r"^cannot read the (override|config) .*deep"),
     ],
     ids=lambda value: value[0].partition("=")[0][:20] if isinstance(value, list) else "",

@@ -59,9 +59,8 @@ def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
     except Exception as error:  # of diffusers, transformers, safetensors and the hub, each of which has its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(
-            f"{argument}: cannot load {name}; check the name, its files and the network ({reason})"
-        ) from error
+        remedy = "check its files" if Path(name).exists() else "check the name and the network"
+        raise UsageError(f"{argument}: cannot load {name}; {remedy} ({reason})") from error
 
 
 def check_model(model: Model) -> None:
