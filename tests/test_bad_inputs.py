@@ -18,7 +18,8 @@ from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.degradations import DEGRADATIONS, MASKS, load_degradation, load_mask
 from chopgrad_align.data.prompts import read_conditions
 from chopgrad_align.training.build import load_models
-from chopgrad_align.training.config import Config, check_config, load_config
+from chopgrad_align.training.config import Config
+from chopgrad_align.training.config_file import check_config, load_config
 from chopgrad_align.training.run import check_files
 
 LEAST = {

@@ -14,7 +14,7 @@ import torch
 from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align.training import batches
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.parallel import Replicas
 from chopgrad_align.training.run import train
