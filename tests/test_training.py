@@ -114,7 +114,7 @@ def test_metrics(finished):
 def test_tensorboard(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = finished.run.path.rglob("events.out.tfevents.*")
+    (events,) = finished.run.path.glob("chopgrad_align/events.out.tfevents.*")
     accumulator = EventAccumulator(str(events)).Reload()
     logged = [(event.step, event.value) for event in accumulator.Scalars("reward")]
     assert logged == [(row["step"], pytest.approx(row["reward"])) for row in rows(finished.run.path)]

@@ -87,6 +87,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 Time = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 FramesPerSecond = Annotated[float, Field(ge=0.01, le=1000, allow_inf_nan=False), BeforeValidator(_number)]
 Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_number)]
+Batch = Annotated[int, Field(ge=1, le=2**16), BeforeValidator(_number)]
+Pairs = Annotated[int, Field(ge=2, le=2**20), BeforeValidator(_number)]
+Threads = Annotated[int, Field(ge=1, le=2**12), BeforeValidator(_number)]
 Pixels = Annotated[int, Field(ge=1, le=2**14), BeforeValidator(_number)]
 Name = Annotated[str, Field(strict=True), AfterValidator(usable_path)]
 """Of a file, a folder, a class, a model: what a file system can be asked for."""
@@ -108,7 +111,7 @@ class Run:
     folder: Name
     """Where everything goes; must not hold a run already."""
     seed: Seed = 0
-    threads: Positive | None = None
+    threads: Threads | None = None
     """Of each process on the CPU; default: OMP_NUM_THREADS, or its share of the cores. A 1 there counts as not set
     under a launcher, since `accelerate launch` and torchrun set it to 1 themselves: write threads=1 if it is meant."""
 
@@ -359,7 +362,7 @@ _STEP_POLICIES = {
 }
 
 
-_BLOCKS = ("cache", "checkpoint", "rows", "saturated")
+_BLOCKS = ("cache", "rows", "saturated")
 # What each policy reads of the section; one of the user's own has its args.
 _DECODER_KEYS = {"exact": _BLOCKS, "truncated": ("distance", *_BLOCKS), "full": ("saturated",)}
 
@@ -390,7 +393,7 @@ class Gradient:
         if self.steps is not None and self.last_steps is not None:
             raise ValueError("give steps or its short form last_steps, not both")
         reads = _DECODER_KEYS.get(self.decoder, ("args",))
-        _expect_effect(self, {"args", "distance", "cache", "checkpoint", "rows", "saturated"} - {*reads}, "decoder")
+        _expect_effect(self, {"args", "distance", "cache", "rows", "saturated"} - {*reads}, "decoder")
         self.step_policy(), self.policy()
         return self
 
@@ -425,9 +428,9 @@ class Gradient:
 @_strict
 class Train:
     steps: Positive
-    batch_size: Positive = 4
+    batch_size: Batch = 4
     """Videos for one optimizer step, over all processes."""
-    micro_batch: Positive = 1
+    micro_batch: Batch = 1
     """Videos sampled at a time by one process, if it has so many; the rest is accumulated."""
     seeds: Literal["fresh", "fixed"] = "fresh"
     """Noise of each video: new each time, or for a prompt or clip always the same."""
@@ -476,14 +479,14 @@ class Ema:
 class Validation:
     every: NonNegative = 0
     """Steps between held-out measurements; 0: before and after only."""
-    pairs: Annotated[Positive, Field(ge=2)] = 64
+    pairs: Pairs = 64
     """Pairs of held-out prompt and seed."""
     seeds: Positive = 1
     """Pairs of a condition that come one after the other: with 2, half as many conditions, and `diversity` between
     seeds."""
     videos: NonNegative = 8
     """Of them, how many are written as mp4."""
-    batch: Positive = 1
+    batch: Batch = 1
 
 
 @_strict
