@@ -1,4 +1,4 @@
-"""What changed beside the objective: a row for each of its terms and each witness, from a run's `heldout.json`."""
+"""Changes over a run: a row for each term of the objective and each witness, from its `heldout.json`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Change:
     bounds: Bounds | None = None
 
     def breached(self, side: Paired | None) -> bool:
-        """Whether one of the two is out of bounds."""
+        """True if `after` or `last` is out of bounds."""
         return bool(self.bounds and side and not math.isnan(side.ratio) and side.ratio not in self.bounds)
 
 

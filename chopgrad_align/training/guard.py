@@ -135,7 +135,7 @@ def best(measured: Sequence[Measurement], verdicts: Sequence[Verdict]) -> Measur
 def exported(
     measured: Sequence[Measurement], verdicts: Sequence[Verdict], export: Literal["best", "last"]
 ) -> tuple[Measurement, str]:
-    """Which measured model is exported, and a sentence about it; empty for the last one, if nothing is to be said.
+    """The measurement of the model to export, and a sentence about it; empty if it is the last, as expected.
 
     Args:
         measured: As for `best`; at least one after the base model's.

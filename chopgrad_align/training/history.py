@@ -39,7 +39,7 @@ class History:
         return self.measured[0]
 
     def has(self, step: int) -> bool:
-        """Whether a step was measured."""
+        """True if a step was measured."""
         return any(measurement.step == step for measurement in self.measured)
 
     def values(

@@ -26,7 +26,7 @@ from .methods.protocol import MicroBatch
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one held-out measurement found: lists have an entry for each pair, in an order that is always the same.
+    """Findings of one held-out measurement: lists have an entry for each pair, in an order that is always the same.
 
     Attributes:
         step: Optimizer steps before it; 0 for the base model.
@@ -71,7 +71,7 @@ class Measurement:
 
 
 def comparison(measured: Sequence[Measurement], after: Measurement) -> dict[str, Any]:
-    """What is compared in the end, for JSON: lists of a value for each pair, of objective, terms and witnesses.
+    """Base model and exported model side by side, for JSON: for each pair the objective, terms and witnesses.
 
     Args:
         measured: The base model's, and those after it.

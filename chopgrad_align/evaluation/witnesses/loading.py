@@ -32,7 +32,12 @@ BUILT_IN: Mapping[str, type[Witness]] = {
     "diversity": Diversity,
     "distance": Distance,
 }
-"""Those of every run, unless it leaves them out."""
+"""Those of every run, unless it leaves them out.
+
+Their bounds leave room for what the embedded run does when it is not overdone: after 45 steps with a frame-wise reward
+motion was 1.01 to 1.68 times the base model's, by class of motion, and saturation 1.02 to 1.24 times; after 150 steps
+objects that should grow or bounce had lost 0.16 to 0.24 of their motion, which is where motion's lower bound lies.
+"""
 
 
 def check_witnesses(
