@@ -24,6 +24,7 @@ from .objective.reward import (
     frame_sampler,
     load_reward,
 )
+from .objective.terms import Reference, Term
 from .sampling.rollout import rollout
 from .sampling.steps import LastSteps, LowVariance, RandomLast, RandomSteps, StepPlan, StepPolicy, Steps
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .training.config import load_config
     from .training.guard import Guard, Verdict
     from .training.lora import add_lora, load_lora
+    from .training.modules import load_modules
     from .training.run import train
 
 # What is above imports torch alone; these bring accelerate, peft and the like, and load when they are asked for.
@@ -43,6 +45,7 @@ _LATER = {
     "add_lora": ".training.lora",
     "load_config": ".training.config",
     "load_lora": ".training.lora",
+    "load_modules": ".training.modules",
     "train": ".training.run",
 }
 
@@ -63,11 +66,13 @@ __all__ = [
     "LowVariance",
     "RandomLast",
     "RandomSteps",
+    "Reference",
     "Reward",
     "SampledReward",
     "StepPlan",
     "StepPolicy",
     "Steps",
+    "Term",
     "Truncated",
     "UsageError",
     "Verdict",
@@ -80,6 +85,7 @@ __all__ = [
     "frame_sampler",
     "load_config",
     "load_lora",
+    "load_modules",
     "load_reward",
     "register_decoder",
     "rollout",

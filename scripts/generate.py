@@ -89,6 +89,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from chopgrad_align.training.lora import load_lora, lora_file
     from chopgrad_align.training.models import check_model, check_pipeline, load_pipeline, read_pipeline
+    from chopgrad_align.training.modules import MODULES_NAME, load_modules
 
     config = _config(args)
     model = args.model or str(files("chopgrad_align") / "embedded" / "pipeline")
@@ -97,7 +98,8 @@ def generate(args: argparse.Namespace) -> None:
     else:
         check_pipeline(model, "--model")
     adapter = args.run / "lora" if config else args.lora
-    lora = lora_file(adapter) if adapter else None
+    modules = adapter if adapter and (adapter / MODULES_NAME).is_file() else None
+    lora = lora_file(adapter) if adapter and not modules else None
     if args.lora_scale is not None and not math.isfinite(args.lora_scale):
         raise UsageError(f"--lora-scale {args.lora_scale}: expected a number, such as 0.6")
     if args.lora_scale is not None and lora is None:
@@ -117,12 +119,17 @@ def generate(args: argparse.Namespace) -> None:
         dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
         pipe, defaults, fps = read_pipeline(model, "--model", {"default": dtype}), _call_defaults(model), 8
     pipe.to(device)
+    if modules:
+        load_modules(pipe, modules)
     if lora:
         load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale)
     call = _call_arguments(pipe, defaults, args)
     for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
         pipe.set_progress_bar_config(desc=path.stem, leave=False)
-        inputs = call_inputs(pipe, [condition.prompt], [args.seed + index])
+        told = config.data.captions().told(condition.prompt) if config else condition.prompt
+        inputs = call_inputs(pipe, [told], [args.seed + index])
+        if condition.negative_prompt is not None:
+            inputs["negative_prompt"] = condition.negative_prompt
         if condition.image:
             inputs["image"] = load_image(str(condition.image))
         try:

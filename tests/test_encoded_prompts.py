@@ -10,6 +10,7 @@ from chopgrad_align.training.encoded_prompts import encode_prompts
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red star", "a blue ring over yellow sand"]
+TEXTS = [{"prompt": prompt} for prompt in PROMPTS]
 
 
 def call_of(name, **changed):
@@ -32,7 +33,7 @@ def test_a_call_is_as_before_without_the_text_encoder(name):
     wanted = [frames(pipe, {**call, "prompt": prompt}, [seed]) for seed, prompt in enumerate(PROMPTS)]
     both = {**call, "prompt": PROMPTS, "negative_prompt": ["grey", "grey"]}
     together = frames(pipe, both, [0, 1])
-    assert encode_prompts(pipe, call, PROMPTS, Cache(), CPU)
+    assert encode_prompts(pipe, call, TEXTS, Cache(), CPU)
     assert pipe.text_encoder is None
     for seed, prompt in enumerate(PROMPTS):
         assert torch.equal(frames(pipe, {**call, "prompt": prompt}, [seed]), wanted[seed])
@@ -48,7 +49,7 @@ def test_models_that_wait_on_the_cpu_are_not_run(name, monkeypatch):
         for method in ("encode", "forward"):
             if hasattr(part, method):
                 monkeypatch.setattr(part, method, lambda *args, **kwargs: pytest.fail("it is not on the device"))
-    assert encode_prompts(pipe, call_of(name, **given), PROMPTS, Cache(), CPU)
+    assert encode_prompts(pipe, call_of(name, **given), TEXTS, Cache(), CPU)
 
 
 def test_a_model_between_prompts_and_latents_is_not_run(monkeypatch):
@@ -56,14 +57,14 @@ def test_a_model_between_prompts_and_latents_is_not_run(monkeypatch):
     pipe = tiny_pipelines.wan_t2v()
     monkeypatch.setattr(pipe.transformer, "forward", lambda *args, **kwargs: pytest.fail("it is not on the device"))
     monkeypatch.setattr(pipe.scheduler, "set_timesteps", lambda *args, **kwargs: pipe.transformer(None))
-    assert encode_prompts(pipe, call_of("wan_t2v"), PROMPTS, Cache(), CPU)
+    assert encode_prompts(pipe, call_of("wan_t2v"), TEXTS, Cache(), CPU)
 
 
 def test_a_second_run_reads_what_the_first_one_left(tmp_path):
     frame_sets = []
     for hits, misses in ((2, 2), (4, 0)):  # the first prompt is met three times: twice as the call is looked at
         pipe, cache = tiny_pipelines.wan_t2v(), Cache(tmp_path)
-        encode_prompts(pipe, call_of("wan_t2v"), PROMPTS, cache, CPU)
+        encode_prompts(pipe, call_of("wan_t2v"), TEXTS, cache, CPU)
         assert (cache.hits, cache.misses) == (hits, misses)
         frame_sets.append(frames(pipe, call_of("wan_t2v")))
     assert torch.equal(*frame_sets)
@@ -85,7 +86,7 @@ def test_a_pipeline_that_encodes_the_negative_prompt_by_itself():
     pipe.__class__ = TwoCalls
     pipe.prepare_latents = lambda: None
     pipe(**call)
-    assert encode_prompts(pipe, call, PROMPTS, Cache(), CPU)
+    assert encode_prompts(pipe, call, TEXTS, Cache(), CPU)
     pipe(**call)
     assert len(seen) == 3  # before, to the end of the call that was looked at, and after
     for before, after in zip(seen[0], seen[-1], strict=True):
@@ -105,7 +106,7 @@ def test_a_pipeline_without_prompts_or_with_images_in_them_stays_as_it_is():
 
     pipe.__class__ = WithAnImage
     pipe.encode_prompt = original = lambda prompt, image: None
-    assert not encode_prompts(pipe, {"prompt": "a red star"}, PROMPTS, Cache(), CPU)
+    assert not encode_prompts(pipe, {"prompt": "a red star"}, TEXTS, Cache(), CPU)
     assert pipe.encode_prompt is original
     assert pipe.text_encoder is not None
 
@@ -121,12 +122,12 @@ def test_embeddings_that_do_not_stack_are_refused_before_training():
     pipe.__class__ = LongerForLonger
     pipe.encode_prompt = lambda prompt: (torch.zeros(1, len(prompt), 4), None)
     with pytest.raises(UsageError, match=r"'a red star'.*different shapes.*encode_prompts_once=false"):
-        encode_prompts(pipe, {"prompt": PROMPTS[0]}, PROMPTS, Cache(), CPU)
+        encode_prompts(pipe, {"prompt": PROMPTS[0]}, TEXTS, Cache(), CPU)
 
 
 def test_a_lost_embedding_is_named(tmp_path):
     pipe = tiny_pipelines.wan_t2v()
-    encode_prompts(pipe, call_of("wan_t2v"), PROMPTS, Cache(tmp_path), CPU)
+    encode_prompts(pipe, call_of("wan_t2v"), TEXTS, Cache(tmp_path), CPU)
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(b"")
     with pytest.raises(UsageError, match="'a red star' was lost"):

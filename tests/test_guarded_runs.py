@@ -10,7 +10,7 @@ from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align import UsageError, load_config, train
 from chopgrad_align.evaluation.changes import summary
-from chopgrad_align.training import trainer
+from chopgrad_align.training import outcome
 from chopgrad_align.training.checkpoints import read_weights
 
 OWN = """
@@ -32,16 +32,16 @@ class UpTo(Guard):
         return Verdict(within, stop=now.step >= self.ends, sentences={} if within else {"own": f"not step {now.step}"})
 
 class Partial:
-    "Not finite on the second held-out video, from the measurement `since` on; those carry no gradient."
+    "Not finite on the first of three held-out videos, after the first measurement; those carry no gradient."
 
-    def __init__(self, since):
-        self.since, self.calls = since, 0
+    def __init__(self):
+        self.calls = 0
 
     def __call__(self, video, prompts):
         score = video.float().mean((1, 2, 3, 4))
         if not video.requires_grad:
             self.calls += 1
-            if self.calls > 2 * self.since and self.calls % 2 == 0:
+            if self.calls > 3 and self.calls % 3 == 1:
                 return score * float("nan")
         return score
 """
@@ -57,7 +57,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def configure(model, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    return lambda *overrides: tiny_runs.config(tmp_path, model, *overrides)
+    return lambda *overrides: tiny_runs.config(tmp_path, model, "run.threads=1", *overrides)
 
 
 def own_guard(tmp_path, **args):
@@ -141,14 +141,14 @@ def test_scores_that_are_not_finite_and_pictures_that_fail_cost_nothing(configur
     def broken(*args):
         raise ValueError("no ink")
 
-    monkeypatch.setattr(trainer, "draw_curves", broken)
+    monkeypatch.setattr(outcome, "draw_curves", broken)
     monkeypatch.setattr("chopgrad_align.training.measurement.write_video", broken)
-    reward = f"rewards={{own: {{name: '{tmp_path}/own.py:Partial', args: {{since: 1}}}}}}"
+    reward = f"rewards={{own: {{name: '{tmp_path}/own.py:Partial'}}}}"
     assert train(configure(reward, "validation.pairs=3")) is not None  # two pairs are left
     run = tmp_path / "run"
     held_out = json.loads((run / "heldout.json").read_text())
     assert sum(score is None for score in held_out["after"]) == 1
-    assert held_out["remarks"] == ["no measured step is within the bounds: lora/ holds the last, step 2"]
+    assert held_out["remarks"] == ["no measured step is within the bounds and finite: lora/ holds the last, step 2"]
     assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert (run / "report.html").is_file()
     out = capsys.readouterr()

@@ -15,9 +15,10 @@ from chopgrad_align import LastSteps, rollout
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.training import lora
 from chopgrad_align.training.batches import call_inputs
-from chopgrad_align.training.lora import add_lora, load_lora, lora_config, lora_parameters
+from chopgrad_align.training.lora import add_lora, load_lora, lora_config, lora_parameters, read_lora
 from chopgrad_align.training.models import check_model, load_pipeline
 from chopgrad_align.training.run import train
+from chopgrad_align.training.trainable import LoraOnDenoisers
 
 SMALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "guidance_scale": 3.0}
 CALL = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
@@ -180,25 +181,27 @@ def test_a_lora_of_another_model(folder, tmp_path, monkeypatch):
 # --- float32 on a denoiser of lower precision ---
 
 
-def with_lora(kept, dropout=0.0):
+def with_lora(kept, dropout=0.0, **variant):
     """A tiny transformer in bfloat16 with a float32 LoRA whose two factors are random."""
     pipe = tiny_pipelines.wan_t2v()
     pipe.transformer.bfloat16()
     with pytest.MonkeyPatch.context() as patch:
         if kept:
             patch.setattr(lora, "save_low_precision_inputs", lambda denoiser: None)
-        parameters = lora_parameters(add_lora(pipe, lora_config(2, None, tiny_pipelines.TARGETS, dropout)))
+        parameters = lora_parameters(add_lora(pipe, lora_config(2, None, tiny_pipelines.TARGETS, dropout, **variant)))
     torch.manual_seed(1)
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.1)
     return pipe, parameters
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_inputs_that_are_kept_as_they_are_change_no_bit(autocast):
+@pytest.mark.parametrize(
+    ("autocast", "variant"), [(False, {}), (True, {}), (False, {"dora": True})], ids=["plain", "autocast", "dora"]
+)
+def test_inputs_that_are_kept_as_they_are_change_no_bit(autocast, variant):
     found = []
     for kept in (True, False):
-        pipe, parameters = with_lora(kept)
+        pipe, parameters = with_lora(kept, **variant)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             video = rollout(pipe, LastSteps(2), prompt="a star", generator=torch.Generator().manual_seed(0), **SMALL)
         found.append([video.detach(), *torch.autograd.grad(video.square().sum(), parameters)])
@@ -232,3 +235,89 @@ def test_layers_of_one_input_keep_it_once():
 def test_dropout_is_left_to_peft():
     pipe, _ = with_lora(kept=False, dropout=0.5)
     assert pipe.transformer.blocks[0].attn1.to_q.cast_input_dtype_enabled
+
+
+# --- variants ---
+
+VARIANTS = {"plain": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "kaiming": {"init": "kaiming"}}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_start_as_the_base_model_and_load_by_diffusers(folder, tmp_path, variant):
+    config = lora_config(4, 2.0, tiny_pipelines.TARGETS, 0.0, **VARIANTS[variant])
+    low = DiffusionPipeline.from_pretrained(folder / "wan", dtype={"default": torch.bfloat16, "vae": torch.float32})
+    base = latents(low)
+    LoraOnDenoisers(low, config)
+    assert torch.equal(latents(low), base)
+    pipe = DiffusionPipeline.from_pretrained(folder / "wan")
+    base, trained = latents(pipe), LoraOnDenoisers(pipe, config)
+    for parameter in trained.parameters:
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    changed = latents(pipe)
+    assert (changed - base).abs().max() > 0.01
+    with trained.base():
+        assert torch.equal(latents(pipe), base)
+    assert torch.equal(latents(pipe), changed)
+    trained.export(tmp_path)
+    plain = DiffusionPipeline.from_pretrained(folder / "wan")
+    plain.load_lora_weights(tmp_path)
+    assert torch.equal(latents(plain), changed)
+
+
+def test_scale_of_rslora_and_formula_of_dora():
+    """The papers' own: W x + alpha/√r B A x; and m (W + s B A) x / ‖W + s B A‖ with a norm for each output."""
+    x = torch.randn(3, 24, dtype=torch.float64)
+    for variant in ("rslora", "dora"):
+        pipe = tiny_pipelines.wan_t2v().to(torch.float64)
+        add_lora(pipe, lora_config(4, 2.0, ["to_q"], 0.0, **VARIANTS[variant]))
+        layer = pipe.transformer.blocks[0].attn1.to_q.double()
+        b = torch.nn.init.normal_(layer.lora_B["default"].weight)
+        scaled = (2 / 4**0.5 if variant == "rslora" else 2 / 4) * b @ layer.lora_A["default"].weight
+        weight = layer.base_layer.weight + scaled
+        if variant == "dora":
+            magnitude = torch.nn.init.uniform_(layer.lora_magnitude_vector["default"].weight)
+            weight = (magnitude / weight.norm(dim=1))[:, None] * weight
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, layer.base_layer.bias))
+
+
+def test_start_from_a_saved_lora(folder, tmp_path):
+    config = lora_config(2, 1.0, tiny_pipelines.TARGETS, 0.0)
+    state = read_lora(folder / "lora", config)
+    pipe = DiffusionPipeline.from_pretrained(folder / "wan")
+    LoraOnDenoisers(pipe, config).load_state_dict(state)
+    assert torch.equal(latents(pipe), by_diffusers(folder, "wan"))
+    pair = DiffusionPipeline.from_pretrained(folder / "pair")
+    trained = LoraOnDenoisers(pair, config)
+    for parameter in trained.parameters:
+        torch.nn.init.normal_(parameter)
+    trained.export(tmp_path)
+    for name, value in read_lora(tmp_path, config).items():
+        assert torch.equal(value, trained.state_dict()[name])
+    with pytest.raises(UsageError, match="the LoRA has other weights than these layers"):
+        trained.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((4, 1.0), "was trained with lora.rank=2; set that"),
+        ((2, 2.0), "was trained with lora.alpha=1; set that"),
+        ((2, 1.0, True), "was trained with lora.rslora=False; set that"),
+        ((2, 1.0, False, True), "was trained with lora.dora=False; set that"),
+    ],
+    ids=["rank", "alpha", "rslora", "dora"],
+)
+def test_start_from_a_lora_of_another_kind(folder, settings, message):
+    rank, alpha, *variant = settings
+    with pytest.raises(UsageError, match=message):
+        read_lora(folder / "lora", lora_config(rank, alpha, tiny_pipelines.TARGETS, 0.0, *variant))
+
+
+def test_a_run_starts_from_a_lora(folder, tmp_path):
+    options = [f"lora.start_from={folder}/lora", "lora.rank=2", "lora.alpha=1"]
+    train(tiny_runs.config(tmp_path, folder / "wan", *options, "checkpoint.every=1"))
+    first = tiny_runs.lora(tmp_path / "run", 0)
+    expected = read_lora(folder / "lora", lora_config(2, 1.0, tiny_pipelines.TARGETS, 0.0))
+    assert all(torch.equal(first[name], value) for name, value in expected.items())
+    with pytest.raises(UsageError, match="there are no LoRA weights"):
+        train(tiny_runs.config(tmp_path, folder / "wan", "lora.start_from=absent", "run.folder=other"))

@@ -29,14 +29,15 @@ _INSTALL = {
 }
 
 
-def construct(kind: str, name: str, location: str, args: dict[str, object]) -> object:
+def construct(kind: str, name: str, location: str, args: dict[str, object], **given: object) -> object:
     """Make a thing: call the class at `location`, `module:Class` or `path/to/file.py:Class`, with `args`.
 
     Args:
         kind: What messages call the thing, `reward` or `loss`.
         name: Its name in the config, for messages.
         location: Where the class is.
-        args: Given to it by keyword.
+        args: The user's arguments, given to it by keyword.
+        given: Those of the caller, given so too, and not shown in messages.
 
     Returns:
         The thing; a `nn.Module` has its weights frozen, is in eval mode and still on the CPU.
@@ -53,16 +54,16 @@ def construct(kind: str, name: str, location: str, args: dict[str, object]) -> o
     factory = getattr(module, attribute)
     if not callable(factory):
         raise UsageError(f"{what}: {attribute} is a {type(factory).__name__}, expected a class")
-    _check_arguments(factory, what, args)
+    _check_arguments(factory, what, given | args)
     try:
-        made = factory(**args)
+        made = factory(**given, **args)
     except UsageError:
         raise
     except ModuleNotFoundError as error:  # imported when it is used
         raise _missing(what, error) from error
     except Exception as error:  # the class is someone else's code, and its arguments are the user's
-        given = ", ".join(f"{key}={shown(value)}" for key, value in args.items()) or "no arguments"
-        raise UsageError(f"{what} cannot be made with {given}; it failed {failure(error)}") from error
+        arguments = ", ".join(f"{key}={shown(value)}" for key, value in args.items()) or "no arguments"
+        raise UsageError(f"{what} cannot be made with {arguments}; it failed {failure(error)}") from error
     if isinstance(made, nn.Module):
         made.requires_grad_(False).eval()
     return made

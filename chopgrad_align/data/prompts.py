@@ -26,6 +26,8 @@ class Condition:
     """Of all rewards."""
     weights: dict[str, float] = field(default_factory=dict)
     """Of single rewards, beside it, by the names that the config gives them; of the others 1."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; None for the common one."""
 
     def weight_of(self, reward: str) -> float:
         return self.weight * self.weights.get(reward, 1.0)
@@ -50,7 +52,8 @@ def read_conditions(path: str | Path) -> list[Condition]:
         path: One of, in UTF-8:
             `.txt`: a prompt a line; blank lines and lines that begin with `#` are skipped.
             `.csv` with a header, or `.jsonl`: columns (keys) `prompt` and `image`, or one of them; others are ignored.
-            An image is a path, relative to the file; it must exist. A column `weight` says how much the rewards of
+            An image is a path, relative to the file; it must exist. A `negative_prompt` that is not empty takes the
+            place of that of `model.call`. A column `weight` says how much the rewards of
             that row count (1 where it is empty), and `weight.NAME` how much the reward called NAME does.
 
     Raises:
@@ -101,21 +104,22 @@ def check_images(conditions: Iterable[Condition]) -> None:
 
 
 def _condition(path: Path, line: int, row: dict) -> Condition:
-    values = {key: row.get(key) or "" for key in ("prompt", "image")}
+    values = {key: row.get(key) or "" for key in ("prompt", "image", "negative_prompt")}
     for key, value in values.items():
         if not isinstance(value, str):
             raise UsageError(f"{path}, line {line}: expected text as `{key}`, got {value!r}")
-    prompt, image = (value.strip() for value in values.values())
+    prompt, image, negative = (value.strip() for value in values.values())
     if not (prompt or image):
         columns = ", ".join(map(str, row))[:200] or "nothing"
         raise UsageError(f"{path}, line {line}: expected a `prompt` or an `image`, found neither (columns: {columns})")
-    if len(prompt) > _MOST_CHARACTERS:
+    longest = max(len(prompt), len(negative))
+    if longest > _MOST_CHARACTERS:
         raise UsageError(
-            f"{path}, line {line}: a prompt of {len(prompt):,} characters, of which no text encoder reads more than "
+            f"{path}, line {line}: a prompt of {longest:,} characters, of which no text encoder reads more than "
             f"{_MOST_CHARACTERS:,}; write one prompt a line"
         )
     with located(f"{path}, line {line}"):
-        readable_text(prompt.translate(_SPACES))
+        readable_text(f"{prompt} {negative}".translate(_SPACES))
         usable_path(image or "none")
     if image and not (path.parent / image).is_file():
         raise UsageError(f"{path}, line {line}: no image {path.parent / image}; paths are relative to the file")
@@ -124,7 +128,7 @@ def _condition(path: Path, line: int, row: dict) -> Condition:
         for key, value in row.items()
         if key == "weight" or key.startswith("weight.")
     }
-    return Condition(prompt, path.parent / image if image else None, weights.pop("", 1.0), weights)
+    return Condition(prompt, path.parent / image if image else None, weights.pop("", 1.0), weights, negative or None)
 
 
 def _weight(path: Path, line: int, key: str, value: object) -> float:

@@ -37,7 +37,6 @@ class _HeldOut:
     improved: int
     rows: list[tuple[str, str, float, float]]  # prompt, seed, before, after
     changes: list[Change]
-    remarks: list[str]
 
 
 def write_report(run: str | Path) -> Path:
@@ -103,7 +102,7 @@ def _held_out(run: Path) -> _HeldOut | None:
     statistics = paired_where_finite(before, after, scores.get("conditions") or range(len(before)))
     improved = sum(b > a for a, b in zip(before, after, strict=True))
     rows = list(zip(prompts, map(str, seeds), before, after, strict=True))
-    return _HeldOut(statistics, improved, rows, changes(scores), scores.get("remarks", []))
+    return _HeldOut(statistics, improved, rows, changes(scores))
 
 
 def _summary(run: Path) -> list[tuple[str, str]]:

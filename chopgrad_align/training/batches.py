@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,11 @@ from ..data.clips import Clip, Clips
 from ..data.order import mix
 from ..data.prompts import Condition
 from ..objective.objective import Objective
+from .captions import Captions
 from .methods.protocol import MicroBatch
+
+Text = Mapping[str, str]
+"""Arguments of a pipeline's call that are text: `prompt`, and `negative_prompt` if it is not the same for all."""
 
 _HELD_OUT = 1_000_000_000  # far from the seeds of training
 
@@ -39,9 +43,15 @@ class Batches(Protocol):
         """Those of the first so many steps and of the held-out pairs, and perhaps others; each once."""
         ...
 
+    def texts(self, steps: int) -> list[Text]:
+        """What the pipeline's call is told in their place; each once."""
+        ...
+
 
 class PromptBatches:
     """Prompts and images, each once in every shuffled epoch.
+
+    If any condition has a negative prompt, those without one get the common one.
 
     Args:
         pipe: Whose call they are for.
@@ -51,6 +61,12 @@ class PromptBatches:
         batch_size: Over all processes.
         seed: Of the run.
         seeds: Held-out pairs of a condition that come one after the other.
+        captions: What the model is told.
+        negative_prompt: The common one.
+        fixed_noise: Whether a condition is always sampled from the same noise.
+
+    Raises:
+        UsageError: Negative prompts for a pipeline that takes none.
     """
 
     def __init__(
@@ -62,31 +78,56 @@ class PromptBatches:
         batch_size: int,
         seed: int,
         seeds: int = 1,
+        captions: Captions = Captions(),  # noqa: B008 (frozen)
+        negative_prompt: str = "",
+        fixed_noise: bool = False,
     ) -> None:
+        self._captions, self._negative_prompt, self._fixed_noise = captions, negative_prompt, fixed_noise
+        self._has_negatives = any(c.negative_prompt is not None for c in (*training, *held_out))
+        if self._has_negatives and "negative_prompt" not in inspect.signature(type(pipe).__call__).parameters:
+            raise UsageError(f"data: {type(pipe).__name__} takes no negative prompts; leave the column out")
         self._pipe, self._terms, self._batch_size, self._seed = pipe, list(objective.terms), batch_size, seed
         self._training, self._held_out, self._seeds = training, held_out, seeds
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         chosen = _choose(len(self._training), self._batch_size, self._seed, step)
         conditions = [self._training[chosen[i]] for i in places]
-        seeds = [mix(self._seed, step, i, 1) for i in places]
-        made = self._made(conditions, seeds, [mix(self._seed, step, i, 2) for i in places])
+        seeds = [_noise_seed(self._seed, step, i, chosen[i] if self._fixed_noise else None) for i in places]
+        told = [self._captions.drawn(c.prompt, self._seed, step, i) for c, i in zip(conditions, places, strict=True)]
+        made = self._made(conditions, told, seeds, [mix(self._seed, step, i, 2) for i in places])
         return dataclasses.replace(made, steps_seed=_steps_seed(self._seed, step))
 
     def held_out(self, places: range) -> MicroBatch:
         seeds = [held_out_seed(i) for i in places]
-        return self._made([self._held_out[i // self._seeds % len(self._held_out)] for i in places], seeds, seeds)
+        conditions = [self._held_out[i // self._seeds % len(self._held_out)] for i in places]
+        return self._made(conditions, [self._captions.told(c.prompt) for c in conditions], seeds, seeds)
 
     def prompts(self, steps: int) -> list[str]:
-        read = min(steps * self._batch_size, len(self._training))
-        training = [self._training[i] for i in _choose(len(self._training), read, self._seed, 0)]
-        return [*dict.fromkeys(condition.prompt for condition in (*self._held_out, *training))]
+        return [*dict.fromkeys(condition.prompt for condition in self._read(steps))]
 
-    def _made(self, conditions: Sequence[Condition], seeds: list[int], frame_seeds: list[int]) -> MicroBatch:
+    def texts(self, steps: int) -> list[Text]:
+        pairs = [(told, self._negative(c)) for c in self._read(steps) for told in self._captions.all_told(c.prompt)]
+        return [
+            {"prompt": told} | ({"negative_prompt": negative} if self._has_negatives else {})
+            for told, negative in dict.fromkeys(pairs)
+        ]
+
+    def _read(self, steps: int) -> list[Condition]:
+        read = min(steps * self._batch_size, len(self._training))
+        return [*self._held_out, *(self._training[i] for i in _choose(len(self._training), read, self._seed, 0))]
+
+    def _negative(self, condition: Condition) -> str:
+        return self._negative_prompt if condition.negative_prompt is None else condition.negative_prompt
+
+    def _made(
+        self, conditions: Sequence[Condition], told: list[str], seeds: list[int], frame_seeds: list[int]
+    ) -> MicroBatch:
         from diffusers.utils import load_image
 
         prompts = [condition.prompt for condition in conditions]
-        inputs = call_inputs(self._pipe, prompts, seeds)
+        inputs = call_inputs(self._pipe, told, seeds)
+        if self._has_negatives:
+            inputs["negative_prompt"] = _one_or_all([self._negative(condition) for condition in conditions])
         images = [load_image(str(condition.image)) for condition in conditions if condition.image is not None]
         if images:
             inputs["image"] = images[0] if len(images) == 1 else images
@@ -105,6 +146,8 @@ class ClipBatches:
         seed: Of the run.
         caption: Instead of each clip's own.
         seeds: Held-out pairs of a clip that come one after the other.
+        captions: What the model is told.
+        fixed_noise: Whether a row of the data is always sampled from the same noise.
     """
 
     def __init__(
@@ -116,20 +159,32 @@ class ClipBatches:
         seed: int,
         caption: str | None = None,
         seeds: int = 1,
+        captions: Captions = Captions(),  # noqa: B008 (frozen)
+        fixed_noise: bool = False,
     ) -> None:
-        self._seeds = seeds
+        self._seeds, self._told, self._fixed_noise = seeds, captions, fixed_noise
         self._pipe, self._batch_size, self._seed, self._caption = pipe, batch_size, seed, caption
         self._training, self._held_out, self._captions = training, held_out, training.captions
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         chosen = self._training.batch(step, self._batch_size, self._seed)
         clips = [self._clip(chosen[i], step, i) for i in places]
-        made = self._made(clips, [mix(self._seed, step, i, 1) for i in places])
+        told = [self._told.drawn(self._text(clip), self._seed, step, i) for clip, i in zip(clips, places, strict=True)]
+        made = self._made(
+            clips,
+            told,
+            [_noise_seed(self._seed, step, i, chosen[i] if self._fixed_noise else None) for i in places],
+        )
         return dataclasses.replace(made, steps_seed=_steps_seed(self._seed, step))
 
     def held_out(self, places: range) -> MicroBatch:
         clips = [held_out_clip(self._held_out, i // self._seeds) for i in places]
-        return on_device(self._made(clips, [held_out_seed(i) for i in places]), self._pipe.device)
+        told = [self._told.told(self._text(clip)) for clip in clips]
+        return on_device(self._made(clips, told, [held_out_seed(i) for i in places]), self._pipe.device)
+
+    def texts(self, steps: int) -> list[Text]:
+        told = (text for prompt in self.prompts(steps) for text in self._told.all_told(prompt))
+        return [{"prompt": text} for text in dict.fromkeys(told)]
 
     def prompts(self, steps: int) -> list[str]:
         if self._caption is not None:
@@ -160,8 +215,9 @@ class ClipBatches:
     def _text(self, clip: Clip) -> str:
         return clip.caption if self._caption is None else self._caption
 
-    def _made(self, clips: Sequence[Clip], seeds: list[int]) -> MicroBatch:
-        return _stacked(self._pipe, clips, [self._text(clip) for clip in clips], seeds)
+    def _made(self, clips: Sequence[Clip], told: list[str], seeds: list[int]) -> MicroBatch:
+        made = _stacked(self._pipe, clips, told, seeds)
+        return dataclasses.replace(made, prompts=[self._text(clip) for clip in clips])
 
 
 def held_out_clip(clips: Clips, place: int) -> Clip:
@@ -190,12 +246,20 @@ def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 
 def call_inputs(pipe: Any, prompts: list[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Arguments of the pipeline's call for these videos: a generator each, and the prompts if it takes any."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    # Not in lists if it is one: some pipelines take none.
-    inputs: dict[str, Any] = {"generator": generators if len(generators) > 1 else generators[0]}
+    inputs: dict[str, Any] = {"generator": _one_or_all([torch.Generator().manual_seed(seed) for seed in seeds])}
     if "prompt" in inspect.signature(type(pipe).__call__).parameters:
-        inputs["prompt"] = prompts if len(prompts) > 1 else prompts[0]
+        inputs["prompt"] = _one_or_all(prompts)
     return inputs
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    """Not a list if it is one: some pipelines take none."""
+    return values if len(values) > 1 else values[0]
+
+
+def _noise_seed(seed: int, step: int, place: int, row: int | None) -> int:
+    """The seed of a video's noise: of its own, or always that of its row of the data."""
+    return mix(seed, step, place, 1) if row is None else mix(seed, row, 5)
 
 
 def _steps_seed(seed: int, step: int) -> int:

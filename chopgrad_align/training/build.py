@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from ..common.arguments import shown
 from ..common.errors import UsageError, located
@@ -20,7 +22,7 @@ from . import guard
 from .average import Average
 from .config import Config, Guard
 from .data import clip_encoder
-from .lora import TRAINED, freeze, lora_config
+from .lora import TRAINED, freeze, lora_config, lora_file, read_lora
 from .methods import DirectGradient
 from .models import check_prediction, load_objective, load_pipeline
 from .optimizers import make_optimizer, make_schedule
@@ -56,6 +58,8 @@ def load_models(
     Raises:
         UsageError: A model, scheduler, call, reward, loss or layer that is not there or does not fit.
     """
+    if config.lora.start_from is not None:
+        lora_file(Path(config.lora.start_from))
     pipe = load_pipeline(config.model)
     check_prediction(pipe, config)
     _check_calls(pipe, config, calls)
@@ -74,14 +78,13 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
     """
     named = config.trainable
     if named is None:
-        lora = config.lora
-        made: Trainable = LoraOnDenoisers(pipe, lora_config(lora.rank, lora.alpha, lora.targets, lora.dropout))
+        made: Trainable = LoraOnDenoisers(pipe, _adapter(config))
     else:
         if ":" not in named.name and named.name not in _TRAINABLES:
             raise unknown_name("trainable", named.name, _TRAINABLES)
         freeze(pipe)
         location = _TRAINABLES.get(named.name, named.name)
-        found = construct("trainable", named.name, location, {"pipe": pipe, **named.args})
+        found = construct("trainable", named.name, location, named.args, pipe=pipe)
         if not isinstance(found, Trainable):
             raise UsageError(f"trainable.name: {named.name} made a {type(found).__name__}, which is no Trainable")
         made = found
@@ -93,6 +96,11 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
                     raise UsageError(f"model.gradient_checkpointing: {type(denoiser).__name__} has none; leave it out")
                 denoiser.enable_gradient_checkpointing()
     return made
+
+
+def _adapter(config: Config) -> LoraConfig:
+    lora = config.lora
+    return lora_config(lora.rank, lora.alpha, lora.targets, lora.dropout, lora.rslora, lora.dora, lora.init)
 
 
 def _check_calls(pipe: Any, config: Config, calls: Sequence[Mapping[str, Any]]) -> None:
@@ -172,7 +180,13 @@ def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
 
 
 def make_state(config: Config, trainable: Trainable) -> TrainState:
-    """The state of a run before its first step."""
+    """The state of a run before its first step.
+
+    Raises:
+        UsageError: `lora.start_from` does not fit; an optimizer or schedule that cannot be made.
+    """
+    if config.lora.start_from is not None:
+        trainable.load_state_dict(read_lora(Path(config.lora.start_from), _adapter(config)))
     optimizer, decay = make_optimizer(trainable.parameters, config.train), config.ema.decay
     average = None if decay is None else Average(trainable.parameters, decay)
     return TrainState(trainable, optimizer, make_schedule(optimizer, config.train), average)

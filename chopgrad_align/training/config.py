@@ -26,6 +26,7 @@ from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..sampling import predictions as prediction
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
+from .captions import Captions
 
 
 def _number(value: object) -> object:
@@ -157,7 +158,18 @@ class Lora:
     targets: Annotated[list[str] | str, BeforeValidator(_targets)] = field(
         default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
     )
-    """Names of the denoiser's linear layers, or one regular expression."""
+    """Names of the denoiser's linear layers, or one regular expression of whole names, which can choose blocks:
+    blocks\\.(2[0-9])\\..*to_[qkv] are those of the blocks 20 to 29."""
+    rslora: bool = False
+    """Scale by alpha / √rank (rsLoRA, arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the magnitude of each output beside the direction (DoRA, arXiv 2402.09353); the norm by which it divides is
+    taken for a constant in the gradient, as there."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """Of the factor A; B is zero, so that the model starts as the base model, exactly. Those that change the base
+    weights, as PiSSA and OLoRA, are left out: such a LoRA could not be loaded into the model that it was made for."""
+    start_from: Name | None = None
+    """Folder or file of a LoRA of the same rank and layers, to go on from, such as that of an earlier run."""
     dropout: Fraction = 0.0
     """Of the LoRA's input. Above 0, results depend on the number of processes and on `train.micro_batch`."""
 
@@ -201,6 +213,13 @@ class Data:
     cache: Name | None = None
     """Folder that keeps, for this run and later ones, embeddings of prompts and latents of those clips that come again:
     with `clips.starts` and `clips.crop=center`, what is not made on the fly. Default: prompts in host memory."""
+    trigger: Caption = ""
+    """Words before every prompt that the model is told, but not the rewards."""
+    caption_dropout: Fraction = 0.0
+    """Share of the videos of training that are made without their prompt; rewards are told it all the same."""
+
+    def captions(self) -> Captions:
+        return Captions(self.trigger.strip(), self.caption_dropout)
 
 
 @_strict
@@ -413,6 +432,8 @@ class Train:
     """Videos for one optimizer step, over all processes."""
     micro_batch: Batch = 1
     """Videos sampled at a time by one process, if it has so many; the rest is accumulated."""
+    seeds: Literal["fresh", "fixed"] = "fresh"
+    """Noise of each video: new each time, or for a prompt or clip always the same."""
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegative = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -428,7 +449,9 @@ class Train:
     class of torch.optim.lr_scheduler by its dotted name."""
 
     @model_validator(mode="after")
-    def _adamw(self) -> Train:
+    def _optimizer(self) -> Train:
+        if self.optimizer is not None and "lr" in self.optimizer.args:
+            raise ValueError("optimizer.args.lr: give train.learning_rate instead")
         if self.optimizer is not None and (self.betas, self.weight_decay) != ((0.9, 0.999), 0.0):
             raise ValueError(
                 f"betas and weight_decay are those of the default AdamW; give them in train.optimizer.args of "

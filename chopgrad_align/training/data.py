@@ -68,7 +68,18 @@ class PromptData:
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> PromptBatches:
         size, seed, seeds = config.train.batch_size, config.run.seed, config.validation.seeds
-        return PromptBatches(pipe, objective, self.training, self.held_out, size, seed, seeds)
+        return PromptBatches(
+            pipe,
+            objective,
+            self.training,
+            self.held_out,
+            size,
+            seed,
+            seeds,
+            captions=config.data.captions(),
+            negative_prompt=config.model.call.get("negative_prompt") or "",
+            fixed_noise=config.train.seeds == "fixed",
+        )
 
     def conditions(self, pairs: int, seeds: int) -> list[int]:
         each = [(condition.prompt, condition.image) for condition in self.held_out]
@@ -108,7 +119,17 @@ class ClipData:
     def batches(self, pipe: Any, objective: Objective, config: Config) -> ClipBatches:
         caption = config.data.clips.caption if config.data.clips else None
         size, seed, seeds = config.train.batch_size, config.run.seed, config.validation.seeds
-        return ClipBatches(pipe, self.training, self.held_out, size, seed, caption, seeds)
+        return ClipBatches(
+            pipe,
+            self.training,
+            self.held_out,
+            size,
+            seed,
+            caption,
+            seeds,
+            captions=config.data.captions(),
+            fixed_noise=config.train.seeds == "fixed",
+        )
 
     def conditions(self, pairs: int, seeds: int) -> list[int]:
         return [i // seeds % len(self.held_out) for i in range(pairs)]

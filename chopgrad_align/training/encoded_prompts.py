@@ -32,7 +32,7 @@ def release_text_encoders(pipe: Any) -> None:
 
 
 def encode_prompts(
-    pipe: Any, arguments: Mapping[str, Any], prompts: Iterable[str], cache: Cache, device: torch.device
+    pipe: Any, arguments: Mapping[str, Any], texts: Iterable[Mapping[str, str]], cache: Cache, device: torch.device
 ) -> bool:
     """Encode prompts as the pipeline's call would; from then on it takes them from the cache, and has no text encoder.
 
@@ -43,7 +43,7 @@ def encode_prompts(
     Args:
         pipe: A diffusers pipeline, on the CPU; its text encoders are moved to the device for this.
         arguments: Of one call, with one prompt.
-        prompts: All that the pipeline will be called with.
+        texts: All that the pipeline will be called with: `prompt`, and other arguments that go with it.
         cache: Where the embeddings are kept.
         device: To encode on.
 
@@ -67,8 +67,9 @@ def encode_prompts(
         return False
     shapes: dict[str, list[torch.Size]] = {}
     other = distributed.is_initialized() and distributed.get_rank() > 0  # than the main process
-    for prompt in tqdm(dict.fromkeys(prompts), desc="encoding prompts", leave=False, disable=other):
-        rows = [encoded.add({**call, "prompt": prompt}) for call in calls]
+    for text in tqdm([*texts], desc="encoding prompts", leave=False, disable=other):
+        rows = [encoded.add({**call, **text}) for call in calls]
+        prompt = text["prompt"]
         shapes[prompt] = [tensor.shape for row in rows for tensor in row.values()]
         first = next(iter(shapes))
         if shapes[prompt] != shapes[first]:

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from .low_precision_lora import save_low_precision_inputs
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 _CONFIG = "lora_config"
+_KEPT = ("r", "lora_alpha", "use_rslora", "use_dora")  # that decide what the weights mean
+_DIFFUSERS_CONFIG = "lora_adapter_metadata"  # whose keys begin with the component
 _SECOND = "transformer_2"
 TRAINED = ("transformer", _SECOND, "unet")
 
@@ -53,8 +56,21 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        _measure_magnitudes(denoiser)
         save_low_precision_inputs(denoiser)
     return denoisers
+
+
+def _measure_magnitudes(denoiser: nn.Module) -> None:
+    """Take the magnitudes of a DoRA again from float32 factors.
+
+    peft rounds them to the denoiser's type, and the model would not start as the base model.
+    """
+    layers: list[Any] = [layer for layer in denoiser.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        for adapter, magnitude in layer.lora_magnitude_vector.items():
+            factors = {"lora_A": layer.lora_A[adapter].weight, "lora_B": layer.lora_B[adapter].weight}
+            magnitude.update_layer(base_layer=layer.get_base_layer(), scaling=layer.scaling[adapter], **factors)
 
 
 def _check_targets(name: str, denoiser: nn.Module, config: LoraConfig) -> None:
@@ -119,7 +135,7 @@ def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, fo
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not hasattr(pipe, "save_lora_weights"):
-        kept = {name: getattr(config, name) for name in ("r", "lora_alpha", "target_modules")}
+        kept = {name: getattr(config, name) for name in (*_KEPT, "target_modules")}
         metadata = {"format": "pt", _CONFIG: json.dumps(kept, default=sorted)}  # peft holds targets in a set
         save_file(lora_state(denoisers), folder / WEIGHTS_NAME, metadata=metadata)
         return
@@ -138,6 +154,36 @@ def lora_file(path: Path) -> Path:
     if not file.is_file():
         raise UsageError(f"there are no LoRA weights {file}; give the folder RUN/lora of a run, or a .safetensors file")
     return file
+
+
+def read_lora(path: Path, config: LoraConfig) -> dict[str, Tensor]:
+    """Read a saved LoRA as `lora_state` returns one, to go on from.
+
+    Args:
+        path: A file or the folder of one; that of `transformer_2` beside it is read too.
+        config: Of the LoRA that takes it over.
+
+    Raises:
+        UsageError: The file is not there, or says that it was trained as another kind or with another scale.
+    """
+    file = lora_file(path)
+    state = _read(file, config)
+    if (second := file.parent / _SECOND / file.name).is_file():
+        state |= {f"{_SECOND}.{key.partition('.')[2]}": value for key, value in _read(second, config).items()}
+    return state
+
+
+def _read(file: Path, config: LoraConfig) -> dict[str, Tensor]:
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata() or {}
+        weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+    known = json.loads(metadata.get(_CONFIG) or metadata.get(_DIFFUSERS_CONFIG) or "{}")
+    for key, saved in known.items():
+        name = key.rpartition(".")[2]
+        if name in _KEPT and saved != getattr(config, name):
+            setting = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "rslora", "use_dora": "dora"}[name]
+            raise UsageError(f"lora.start_from: {file} was trained with lora.{setting}={saved}; set that")
+    return weights
 
 
 def load_lora(pipe: Any, path: Path, adapter: str | None = None, scale: float = 1.0) -> None:
@@ -227,8 +273,22 @@ def _fitting(pipe: Any, lora: object) -> Iterator[None]:
         ) from error
 
 
-def lora_config(rank: int, alpha: float | None, targets: list[str] | str, dropout: float) -> LoraConfig:
-    """Gaussian A and zero B: the model starts as the base model, exactly."""
+def lora_config(
+    rank: int,
+    alpha: float | None,
+    targets: list[str] | str,
+    dropout: float,
+    rslora: bool = False,
+    dora: bool = False,
+    init: Literal["gaussian", "kaiming"] = "gaussian",
+) -> LoraConfig:
+    """A LoRA whose factor B is zero: the model starts as the base model, exactly."""
     return LoraConfig(
-        r=rank, lora_alpha=alpha or rank, target_modules=targets, lora_dropout=dropout, init_lora_weights="gaussian"
+        r=rank,
+        lora_alpha=alpha or rank,
+        target_modules=targets,
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        use_dora=dora,
+        init_lora_weights="gaussian" if init == "gaussian" else True,
     )

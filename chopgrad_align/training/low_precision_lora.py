@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 
 def save_low_precision_inputs(denoiser: nn.Module) -> None:
-    """Change the LoRAs of a denoiser so; without dropout only, whose output is the input of the adapter."""
+    """Change the LoRAs of a denoiser so; without dropout only, whose output is the input of the adapter.
+
+    Variants such as DoRA compute with the input itself, in the precision that it comes in.
+    """
     for layer in denoiser.modules():
-        if isinstance(layer, LoraLayer) and all(isinstance(drop, nn.Identity) for drop in layer.lora_dropout.values()):
+        if not isinstance(layer, LoraLayer) or layer.lora_variant:
+            continue
+        if all(isinstance(drop, nn.Identity) for drop in layer.lora_dropout.values()):
             down = list(layer.lora_A.values())
             if all(type(part) is nn.Linear for part in down):
                 layer.cast_input_dtype_enabled = False

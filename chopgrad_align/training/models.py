@@ -183,7 +183,7 @@ def load_objective(
             with located(f"losses.{key}"):
                 terms[key] = LossTerm(to_device(load_loss(loss.name, **loss.args), device), loss.weight)
     for key, settings in (own or {}).items():
-        term = construct("term", settings.name, settings.name, {"weight": settings.weight, **settings.args})
+        term = construct("term", settings.name, settings.name, settings.args, weight=settings.weight)
         if not isinstance(term, Term):
             raise UsageError(
                 f"terms.{key}.name: {settings.name} made a {type(term).__name__}, expected a chopgrad_align.Term"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ def make_optimizer(parameters: list[nn.Parameter], train: Train) -> torch.optim.
     """
     if train.optimizer is None:
         return torch.optim.AdamW(parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay)
-    made = _constructed("optimizer", train.optimizer, {"params": parameters, "lr": train.learning_rate})
+    made = _constructed("optimizer", train.optimizer, params=parameters, lr=train.learning_rate)
     if not isinstance(made, torch.optim.Optimizer):
         raise UsageError(
             f"train.optimizer.name: {train.optimizer.name} made a {type(made).__name__}, expected an optimizer of torch"
@@ -48,7 +48,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, train: Train) -> LRScheduler
             raise UsageError(
                 f"train.warmup_steps: {name} has none; chain schedules in a function of yours, path/to/file.py:function"
             )
-        made = _constructed("schedule", train.schedule, {"optimizer": optimizer})
+        made = _constructed("schedule", train.schedule, optimizer=optimizer)
         if not isinstance(made, LRScheduler):
             raise UsageError(f"train.schedule.name: {name} made a {type(made).__name__}, expected an LRScheduler")
         return made
@@ -84,7 +84,7 @@ def _set_mode(optimizer: Any, mode: str) -> None:
         getattr(optimizer, mode)()
 
 
-def _constructed(kind: str, named: Named, given: Mapping[str, Any]) -> object:
+def _constructed(kind: str, named: Named, **given: object) -> object:
     """Make a thing by its dotted name, `package.module.Class`, or as `construct` has it."""
     name, location = named.name, named.name
     if ":" not in name:
@@ -94,9 +94,4 @@ def _constructed(kind: str, named: Named, given: Mapping[str, Any]) -> object:
                 f"got {name!r}"
             )
         location = ":".join(name.rsplit(".", 1))
-    try:
-        return construct(kind, name, location, {**given, **named.args})
-    except (TypeError, ValueError, RuntimeError) as error:  # of its own checks, which every optimizer has
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"train.{kind} {name!r} cannot be made: {' '.join(str(error).split())[:300]}") from error
+    return construct(kind, name, location, named.args, **given)

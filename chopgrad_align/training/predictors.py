@@ -75,7 +75,7 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
                 load_lora(pipe, file, adapters[name])
-    caption = config.data.clips.caption if config.data.clips else None
+    caption, told = config.data.clips.caption if config.data.clips else None, config.data.captions().told
 
     def restorer(name: str) -> Callable[[Clip], Tensor]:
         place = 0
@@ -88,7 +88,7 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
                 else:
                     pipe.enable_lora()
                     pipe.set_adapters(adapters[name])
-            seeds, texts = [held_out_seed(place)], [clip.caption if caption is None else caption]
+            seeds, texts = [held_out_seed(place)], [told(clip.caption if caption is None else caption)]
             place += 1
 
             def run(videos: Mapping[str, Tensor]) -> Tensor:

@@ -7,20 +7,27 @@ from contextlib import ExitStack
 
 from ..common.arguments import whole_number
 from ..common.errors import UsageError
+from ..data.cache import Cache
 from ..evaluation.heldout import Paired
 from ..evaluation.witnesses import check_witnesses
+from ..sampling.predictions.columns import arguments
 from .build import load_models, make_guard, make_method, make_state, make_witnesses
-from .config import Config
+from .config import Config, header, to_yaml
 from .data import Data, read_data
+from .encoded_prompts import encode_prompts
+from .environment import environment
+from .fingerprints import fingerprints
 from .folder import RunFolder
 from .history import History
 from .models import check_model
 from .observers import Observers
+from .outcome import Outcome
 from .parallel import Replicas, check_launch, launched_as_main
 from .phases import Phases
-from .resume import expect_same_inputs, expect_same_run
+from .resume import expect_same_inputs, expect_same_run, take_up
 from .stopping import StopRequests
 from .trainer import Trainer
+from .validation import Validation
 
 
 def train(
@@ -61,7 +68,7 @@ def train(
         return None
     with ExitStack() as until_the_end:
         trainer.parallel.on_main(lambda: until_the_end.enter_context(trainer.folder.owned(resume)))
-        trainer.prepare(resume)
+        prepare(trainer, resume)
         return trainer.run()
 
 
@@ -103,22 +110,53 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
     # Weights and two moments in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
-    phases = Phases(parallel.device)
+    phases, requests = Phases(parallel.device), StopRequests(say=parallel.is_main)
+    method, state = make_method(config, models, phases), make_state(config, models.trainable)
+    validation = Validation(
+        method=method,
+        data=data,
+        batches=batches,
+        settings=config.validation,
+        fps=config.model.fps,
+        witnesses=witnesses,
+        guard=make_guard(config.guard, witnesses),
+        parallel=parallel,
+        folder=folder,
+        requests=requests,
+        history=History(folder.measurements),
+    )
     return Trainer(
         config=config,
-        data=data,
-        pipe=models.pipe,
         parallel=parallel,
         shares=shares,
         batches=batches,
-        method=make_method(config, models, phases),
-        witnesses=witnesses,
-        guard=make_guard(config.guard, witnesses),
-        state=make_state(config, models.trainable),
-        history=History(folder.measurements),
+        method=method,
+        state=state,
+        validation=validation,
+        outcome=Outcome(state, validation, folder, config.checkpoint.export),
         folder=folder,
         phases=phases,
-        requests=StopRequests(say=parallel.is_main),
+        requests=requests,
         observers=Observers(config, folder, parallel),
         profile=profile,
     )
+
+
+def prepare(trainer: Trainer, resume: bool) -> None:
+    """Encode prompts, move the pipeline to its device, and take up where the last checkpoint was."""
+    config, parallel, method, batches = trainer.config, trainer.parallel, trainer.method, trainer.batches
+    if config.model.encode_prompts_once:
+        # The rest of the pipeline waits on the CPU.
+        pair = batches.held_out(range(1))
+        inputs = {**method.call, **pair.inputs, **arguments(method.prediction.columns, pair.videos)}
+        texts = batches.texts(config.train.steps)
+        encode_prompts(method.pipe, inputs, texts, Cache(config.data.cache), parallel.device)
+    method.pipe.to(parallel.device)
+    trainer.inputs = parallel.on_main(lambda: fingerprints(config))
+    if resume:
+        trainer.saved = take_up(config, trainer.state, trainer.validation, trainer.inputs)
+    if parallel.is_main:
+        trainer.folder.checkpoints.clean()
+        trainer.folder.write(trainer.folder.config, header(config) + to_yaml(config))
+        trainer.folder.note_environment(environment(parallel.device, parallel.world))
+    trainer.observers.open()
