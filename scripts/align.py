@@ -39,7 +39,7 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     with exit_on_usage_error():
-        from chopgrad_align.training.config import load_config, to_yaml
+        from chopgrad_align.training.config_file import load_config, to_yaml
 
         config = load_config(args.config, args.overrides)
         if args.print_config:

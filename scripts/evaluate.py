@@ -74,7 +74,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     from chopgrad_align.evaluation.compare import compare
     from chopgrad_align.evaluation.metrics import load_metrics
-    from chopgrad_align.training.config import load_config
+    from chopgrad_align.training.config_file import load_config
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loras = _loras(args.method)

@@ -155,7 +155,7 @@ def _config(args: argparse.Namespace) -> Config | None:
         if not (args.run / needed).exists():
             raise UsageError(f"--run: there is no {args.run / needed}; give the folder of a run that has ended")
 
-    from chopgrad_align.training.config import load_config
+    from chopgrad_align.training.config_file import load_config
 
     types = [f"model.{name}={args.dtype}" for name in ("dtype", "vae_dtype")] if args.dtype else []
     config = load_config(args.run / "config.yaml", types)

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from chopgrad_align.planner import config_of, make_plan
         from chopgrad_align.planner.report import in_json, in_words
-        from chopgrad_align.training.config import load_config
+        from chopgrad_align.training.config_file import load_config
 
         diffusers_logging.disable_progress_bar()
         config = config_of(given, args.overrides) if given else load_config(args.config, args.overrides)

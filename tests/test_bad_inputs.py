@@ -21,7 +21,8 @@ from chopgrad_align.data.prompts import read_conditions
 from chopgrad_align.evaluation.witnesses import check_witnesses
 from chopgrad_align.objective.reward.checking import check_reward
 from chopgrad_align.training.build import load_models
-from chopgrad_align.training.config import Config, check_config, load_config
+from chopgrad_align.training.config import Config
+from chopgrad_align.training.config_file import check_config, load_config
 from chopgrad_align.training.run import check_files
 
 LEAST = {

@@ -26,7 +26,7 @@ from chopgrad_align.planner.report import fragment, in_words
 from chopgrad_align.planner.simulate import Figures, Memory
 from chopgrad_align.planner.weightless import Simulation, weightless
 from chopgrad_align.sampling.steps import LastSteps
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.methods.direct import DirectGradient
 from chopgrad_align.training.models import load_objective
 

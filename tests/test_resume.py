@@ -15,7 +15,8 @@ from tiny_runs import lora, rows, saved_lora
 from chopgrad_align.common.errors import Interrupted, UsageError, exit_on_usage_error
 from chopgrad_align.training import checkpoints, measurement, observers, outcome, resume, trainer, validation
 from chopgrad_align.training.checkpoints import Checkpoints, write_weights
-from chopgrad_align.training.config import load_config, to_yaml
+from chopgrad_align.training.config import Named
+from chopgrad_align.training.config_file import load_config, to_yaml
 from chopgrad_align.training.fingerprints import fingerprints
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.parallel import check_launch
@@ -154,6 +155,7 @@ def test_a_complete_run_can_be_made_longer(again, straight, tmp_path):
         ("gradient.decoder=truncated", "--resume: gradient.decoder differs"),
         ("validation.pairs=3", "--resume: validation.pairs differs"),
         ("train.micro_batch=2", "--resume: train.micro_batch differs"),  # by which masks of dropout are drawn
+        ("train.schedule.name=cosine", "--resume: train.schedule"),
     ],
 )
 def test_resume_of_another_run(straight, changed, message):
@@ -367,6 +369,17 @@ def test_what_is_drawn_by_micro_batch_needs_as_many_processes(begun, monkeypatch
     resume.expect_same_inputs(begun, RunFolder(begun.run.folder), allow_changed=False)
     begun.prediction.mode = "denoise"
     assert resume.draws_by_micro_batch(begun)
+
+
+def test_a_schedule_that_reads_the_number_of_steps_keeps_it(begun):
+    begun.train.steps = 9
+    assert resume.changed_settings(begun, RunFolder(begun.run.folder)) == {}
+    begun.train.schedule = Named(name="cosine")
+    folder = RunFolder(begun.run.folder)
+    folder.write(folder.config, to_yaml(begun))
+    begun.train.steps = 10
+    with pytest.raises(UsageError, match=r"--resume: train.steps differs from the run in .*: it has 9, not 10$"):
+        resume.changed_settings(begun, folder)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------

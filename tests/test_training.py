@@ -20,7 +20,7 @@ from tiny_runs import lora, rows
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.video import read_video
 from chopgrad_align.training import batches
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.lora import load_lora
 from chopgrad_align.training.run import train

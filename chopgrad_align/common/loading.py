@@ -63,8 +63,8 @@ def construct(kind: str, name: str, location: str, args: dict[str, object], **gi
     except ModuleNotFoundError as error:  # imported when it is used
         raise _missing(what, error) from error
     except Exception as error:  # the class is someone else's code, and its arguments are the user's
-        arguments = ", ".join(f"{key}={shown(value)}" for key, value in args.items()) or "no arguments"
-        raise UsageError(f"{what} cannot be made with {arguments}; it failed {failure(error)}") from error
+        asked = ", ".join(f"{key}={shown(value)}" for key, value in args.items()) or "no arguments"
+        raise UsageError(f"{what} cannot be made with {asked}; it failed {failure(error)}") from error
     if isinstance(made, nn.Module):
         made.requires_grad_(False).eval()
     return made

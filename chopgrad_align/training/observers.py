@@ -13,7 +13,8 @@ import av
 import yaml
 from tqdm import tqdm
 
-from .config import Config, to_yaml
+from .config import Config
+from .config_file import to_yaml
 from .folder import RunFolder
 from .parallel import Replicas
 
@@ -66,7 +67,8 @@ class Observers:
             self._mean = _SMOOTHING * self._mean + (1 - _SMOOTHING) * row["reward"]
             self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
         shown = {"reward": f"{row['reward']:.4f}", "smoothed": f"{self._mean / (self._weight or 1):.4f}"}
-        shown["memory"] = f"{row['peak_memory_gib']:.1f}GiB"
+        if "peak_memory_gib" in row:  # some systems do not say
+            shown["memory"] = f"{row['peak_memory_gib']:.1f}GiB"
         return shown | ({"skipped": f"{row['skipped']:.0f}"} if row["skipped"] else {})
 
     def samples(self, step: int, folder: Path, prompts: Sequence[str]) -> None:

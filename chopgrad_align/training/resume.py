@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..common.errors import UsageError
 from .checkpoints import read_state
-from .config import Config, interpolations, load_config
+from .config import Config
+from .config_file import interpolations, load_config
 from .fingerprints import fingerprints, leaves
 from .folder import RunFolder
 from .state import TrainState
@@ -45,17 +46,16 @@ def changed_settings(config: Config, folder: RunFolder) -> dict[str, Any]:
     Raises:
         UsageError: The config would have computed something else from the start.
     """
-    free = (
-        *_FREE,
-        *["train.micro_batch"] * (not draws_by_micro_batch(config)),
-        *["train.steps"]
-        * (not config.train.schedule_reads_steps),  # with which the learning rate of every step changes
-    )
+    free = [*_FREE]
+    if not draws_by_micro_batch(config):
+        free.append("train.micro_batch")
+    if not config.train.schedule_reads_steps:  # by which the learning rate of every step would change
+        free.append("train.steps")
     saved, asked = (dict(leaves(each)) for each in (load_config(folder.config), config))
     found = {}
     for key in {**asked, **saved}:
         one, other = (repr(each[key]) if key in each else "nothing" for each in (saved, asked))
-        if one == other or key.startswith(free):
+        if one == other or key.startswith(tuple(free)):
             continue
         if key not in _REMEDIES:
             values = "" if key in _secrets(config) else f": it has {one}, not {other}"
