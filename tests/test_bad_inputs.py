@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -17,6 +18,8 @@ from chopgrad_align.common.arguments import nearest
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.degradations import DEGRADATIONS, MASKS, load_degradation, load_mask
 from chopgrad_align.data.prompts import read_conditions
+from chopgrad_align.evaluation.witnesses import check_witnesses
+from chopgrad_align.objective.reward.checking import check_reward
 from chopgrad_align.training.build import load_models
 from chopgrad_align.training.config import Config
 from chopgrad_align.training.config_file import check_config, load_config
@@ -238,6 +241,7 @@ class Broken:
         (["model.call.callback_on_step_end=1"], r"model.call.callback_on_step_end: a config cannot give it"),
         (["model.call.attention_kwargs=1"], r"model.call.attention_kwargs: expected values by name, got 1"),
         (["gradient.last_steps=4"], r"model.call: LastSteps.* asks for 4 steps, but the sampler takes 3"),
+        (["model.scheduler.flow_shift=-1"], r"model.scheduler.flow_shift: expected a number above 0, got -1$"),
         (["model.scheduler.flow_shift=high"], r"model.scheduler.flow_shift: expected float, got 'high'$"),
         (["model.scheduler.num_train_timesteps=true"], r"model.scheduler.num_train_timesteps: expected int, got True$"),
         (["model.scheduler.num_train_timesteps=-1"], r"model.scheduler: UniPC\w+ refuses {'num_train_timesteps': -1}"),
@@ -280,6 +284,22 @@ def test_a_model_folder_of_another_kind(tmp_path, index, message):
     config = tiny_runs.config(tmp_path, tmp_path)
     with pytest.raises(UsageError, match=f"^model.name: cannot load .*{message.removeprefix('cannot load')}"):
         load_models(config, torch.device("cpu"), [config.model.call])
+
+
+def test_a_cache_that_is_a_file(model, tmp_path):
+    config = tiny_runs.config(tmp_path, model, f"data.cache={tmp_path}/train.txt/cache")
+    with pytest.raises(UsageError, match=r"data.cache: cannot write to .*train.txt; choose another folder"):
+        check_files(config)
+
+
+def test_a_reward_or_a_witness_that_fails_is_said_with_its_place():
+    def fails(*args):
+        raise RuntimeError("no\nvideo")
+
+    with pytest.raises(UsageError, match=r"^reward 'x', on a video .*, failed at .*: RuntimeError: no video$"):
+        check_reward(fails, "x")
+    with pytest.raises(UsageError, match=r"^witnesses.x, on a video .*, failed at .*: RuntimeError: no video$"):
+        check_witnesses({"x": SimpleNamespace(observe=fails, module=None)}, ["a"], 2, (8, 8), torch.device("cpu"))
 
 
 def test_a_first_image_that_is_no_picture(model, tmp_path):

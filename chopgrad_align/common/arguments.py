@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import UsageError
 
-_NEAR = 0.7  # of `difflib`'s ratio: 'wight' is near 'weight', and 'optimizer' near nothing that ends alike
+_NEAR = 0.75  # of `difflib`'s ratio: 'wight' is near 'weight', and 'optimizer' near nothing that ends alike
 _PART_BYTES, _PATH_BYTES = 255, 1024  # the limit of common file systems; and one that leaves room for a run's own names
 
 

@@ -9,7 +9,8 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -117,6 +118,17 @@ def _import_error(location: str, what: str, error: BaseException) -> UsageError:
             )
         return _missing(what, error)
     return UsageError(f"{what}: importing {location} failed {failure(error)}")
+
+
+@contextmanager
+def failing_as_usage_error(what: str) -> Iterator[None]:
+    """Let what someone else's code raises within the context be a `UsageError` that says where it was raised."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what} failed {failure(error)}") from error
 
 
 def failure(error: BaseException) -> str:

@@ -237,7 +237,7 @@ class Loss:
 
 @_strict
 class Term:
-    name: str
+    name: Name
     """package.module:Class or path/to/file.py:Class, of a `chopgrad_align.Term`."""
     weight: Finite = 1.0
     """Given to the class, beside the args."""
@@ -463,7 +463,7 @@ class Config:
     """Terms of the objective that should rise: a name of your own for each."""
     losses: dict[TermName, Loss] = field(default_factory=dict)
     """Those that should fall."""
-    terms: dict[str, Term] = field(default_factory=dict)
+    terms: dict[TermName, Term] = field(default_factory=dict)
     """Terms of your own kind."""
     reference: Reference = field(default_factory=Reference)
     prediction: Prediction = field(default_factory=Prediction)

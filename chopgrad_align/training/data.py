@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,15 @@ def read_data(config: Config) -> Data:
     Raises:
         UsageError: There is no such data, they do not fit the rest of the config, or none of them can be used.
     """
+    if config.data.cache is not None:
+        _check_cache(Path(config.data.cache).absolute())
     return _clip_data(config, config.data.clips) if config.data.clips else _prompt_data(config)
+
+
+def _check_cache(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"data.cache: cannot write to {there}; choose another folder")
 
 
 @dataclass(frozen=True)

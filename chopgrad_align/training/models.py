@@ -155,6 +155,8 @@ def _check_setting(argument: str, value: Any, annotation: Any) -> None:
         raise UsageError(f"{argument}: expected {kinds}, got {shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{argument}: expected a finite number, got {value}")
+    if argument.endswith("shift") and isinstance(value, float | int) and not isinstance(value, bool) and value <= 0:
+        raise UsageError(f"{argument}: expected a number above 0, got {value}")
 
 
 def load_objective(

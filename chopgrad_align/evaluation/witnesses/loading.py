@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ...common.loading import construct
+from ...common.loading import construct, failing_as_usage_error
 from ...objective.reward import load_reward
 from .contrast import Contrast
 from .distance import Distance
@@ -46,13 +46,14 @@ def check_witnesses(
     """Let witnesses that are not built in observe a small random video on a device.
 
     Raises:
-        UsageError: One does not return a tensor with an entry for each video.
+        UsageError: One fails, or does not return a tensor with an entry for each video.
     """
     own = {name: witness for name, witness in witnesses.items() if type(witness) not in BUILT_IN.values()}
     video = torch.rand((len(prompts), frames, 3, *size), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad(), on_device(own, device):
         for name, witness in own.items():
-            kept: Any = witness.observe(video, prompts, range(len(prompts)))
+            with failing_as_usage_error(f"witnesses.{name}, on a video {tuple(video.shape)},"):
+                kept: Any = witness.observe(video, prompts, range(len(prompts)))
             if not isinstance(kept, Tensor) or kept.shape[:1] != (len(prompts),):
                 what = tuple(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
                 raise UsageError(

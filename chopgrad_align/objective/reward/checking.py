@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ...common.loading import failure
+from ...common.loading import failing_as_usage_error
 from .protocol import Reward, check_scores, score
 
 
@@ -50,12 +50,8 @@ def scores_and_gradient(reward: Reward, name: str, video: Tensor, prompts: list[
     """
     video = video.detach().requires_grad_()
     with torch.enable_grad():
-        try:
+        with failing_as_usage_error(f"reward {name!r}, on a video {tuple(video.shape)},"):
             scores = score(reward, video, prompts, range(len(prompts)))
-        except UsageError:
-            raise
-        except Exception as error:  # the reward is someone else's code
-            raise UsageError(f"reward {name!r}, on a video {tuple(video.shape)}, failed {failure(error)}") from error
         scores = check_scores(f"reward {name!r}", scores, len(prompts))
     values = scores.detach().tolist()
     context = f"on a video {tuple(video.shape)} it scored {values}"
