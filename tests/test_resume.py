@@ -102,6 +102,8 @@ def test_a_run_that_is_killed_everywhere_is_the_run_that_was_not(again, straight
     run = tmp_path / "run"
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')  # cut off
+    (run / ".config.yaml.1.partial").touch()
+    (run / "checkpoints" / ".best-000003.tmp").mkdir()
     assert train(again(), resume=True) == straight.result
     assert_same(run, straight.run.path)
     assert not [*run.rglob("*.tmp"), *run.rglob("*.partial")]
