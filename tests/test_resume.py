@@ -158,6 +158,7 @@ def test_a_complete_run_can_be_made_longer(again, straight, tmp_path):
         ("train.micro_batch=2", "--resume: train.micro_batch differs"),  # by which masks of dropout are drawn
         ("train.schedule.name=cosine", "--resume: train.schedule"),
     ],
+    ids=lambda value: value.split("=")[0].split(".")[-1] if value[0] != "-" else "",
 )
 def test_resume_of_another_run(straight, changed, message):
     content = tree(straight.run.path)
