@@ -30,7 +30,7 @@ from .sampling.steps import LastSteps, LowVariance, RandomLast, RandomSteps, Ste
 
 if TYPE_CHECKING:
     from .evaluation.witnesses import Bounds, Witness
-    from .training.config import load_config
+    from .training.config_file import load_config
     from .training.guard import Guard, Verdict
     from .training.lora import add_lora, load_lora
     from .training.modules import load_modules
@@ -43,7 +43,7 @@ _LATER = {
     "Verdict": ".training.guard",
     "Witness": ".evaluation.witnesses",
     "add_lora": ".training.lora",
-    "load_config": ".training.config",
+    "load_config": ".training.config_file",
     "load_lora": ".training.lora",
     "load_modules": ".training.modules",
     "train": ".training.run",

@@ -13,20 +13,23 @@ With `-q`, accelerate does not bury that line under a traceback of its own, but 
 process `python scripts/align.py` is the same and passes them on.
 """
 
-import argparse
-
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.errors import exit_on_usage_error
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="a complete run (default: configs/embedded.yaml)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in run.folder, or begin it")
     parser.add_argument("--allow-changed", action="store_true", help="resume though files have changed that it reads")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="load and check everything, and stop before sampling")
     parser.add_argument(
-        "--profile", type=int, default=0, metavar="N", help="write a trace of N steps into the run folder, for Perfetto"
+        "--profile",
+        type=cli.whole,
+        default=0,
+        metavar="N",
+        help="write a trace of N steps into the run folder, for Perfetto",
     )
     parser.add_argument(
         "overrides",
@@ -36,7 +39,7 @@ def main() -> None:
     )
     args = parser.parse_intermixed_args()
     with exit_on_usage_error():
-        from chopgrad_align.training.config import load_config, to_yaml
+        from chopgrad_align.training.config_file import load_config, to_yaml
 
         config = load_config(args.config, args.overrides)
         if args.print_config:

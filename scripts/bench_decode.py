@@ -18,29 +18,35 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from chopgrad_align.common.command_line import size
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.errors import exit_on_usage_error
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", help="folder of a VAE or of a pipeline, or hub id of a pipeline (default: embedded)")
-    parser.add_argument("--pipeline", help="pipeline for the LoRA's curve (default: embedded; with --vae: left out)")
-    parser.add_argument("--clips", metavar="FOLDER", help="of videos (default: procedural clips)")
-    parser.add_argument("--count", type=int, default=2, help="clips, and prompts for the LoRA (default: 2)")
-    parser.add_argument("--frames", type=int, default=33, help="of a clip (default: 33)")
-    parser.add_argument("--size", type=size, default=(64, 64), metavar="HxW", help="in pixels (default: 64x64)")
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "--vae", type=cli.name, help="folder of a VAE or of a pipeline, or hub id of a pipeline (default: embedded)"
+    )
+    parser.add_argument(
+        "--pipeline", type=cli.name, help="pipeline for the LoRA's curve (default: embedded; with --vae: left out)"
+    )
+    parser.add_argument("--clips", type=cli.name, metavar="FOLDER", help="of videos (default: procedural clips)")
+    parser.add_argument("--count", type=cli.count, default=2, help="clips, and prompts for the LoRA (default: 2)")
+    parser.add_argument("--frames", type=cli.count, default=33, help="of a clip (default: 33)")
+    parser.add_argument("--size", type=cli.size, default=(64, 64), metavar="HxW", help="in pixels (default: 64x64)")
     parser.add_argument(
         "--time-sizes",
-        type=size,
+        type=cli.size,
         nargs="+",
         metavar="HxW",
         help="to take times at (default: that of --size)",
     )
-    parser.add_argument("--memory-frames", type=int, nargs="+", default=[9, 17, 33], help="lengths of curve (a)")
+    parser.add_argument("--memory-frames", type=cli.count, nargs="+", default=[9, 17, 33], help="lengths of curve (a)")
     parser.add_argument("--distances", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of truncation, in groups")
-    parser.add_argument("--probes", type=int, default=2, help="random cotangents a group of frames, for the influence")
-    parser.add_argument("--repetitions", type=int, default=5, help="of each timing (default: 5)")
+    parser.add_argument(
+        "--probes", type=cli.count, default=2, help="random cotangents a group of frames, for the influence"
+    )
+    parser.add_argument("--repetitions", type=cli.count, default=5, help="of each timing (default: 5)")
     parser.add_argument(
         "--options",
         nargs="*",
@@ -50,9 +56,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder (default: runs/benchmark)")
+    parser.add_argument("--out", type=cli.path, default=Path("runs/benchmark"), help="folder (default: runs/benchmark)")
     parser.add_argument(
-        "--figures", type=Path, metavar="FILE", help="benchmark.json of an earlier run: write its page to --out again"
+        "--figures",
+        type=cli.path,
+        metavar="FILE",
+        help="benchmark.json of an earlier run: write its page to --out again",
     )
     return parser.parse_args(arguments)
 

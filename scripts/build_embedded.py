@@ -15,7 +15,6 @@ steps had the full spread of places and poses.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from embedded_stages.decoder import train_decoder
@@ -27,6 +26,7 @@ from embedded_stages.reward import train_reward
 from embedded_stages.vae import train_vae
 from embedded_stages.video_reward import train_video_reward
 
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.errors import exit_on_usage_error
 
 # What runs, and how much of it: training steps, clips or videos.
@@ -44,10 +44,10 @@ STAGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; default: all, in order")
-    parser.add_argument("--work", type=Path, default=Path("runs/build_embedded"), help="checkpoints and logs")
-    parser.add_argument("--clips", type=Path, help="folder of real mp4 files, for `evaluate`")
+    parser.add_argument("--work", type=cli.path, default=Path("runs/build_embedded"), help="checkpoints and logs")
+    parser.add_argument("--clips", type=cli.path, help="folder of real mp4 files, for `evaluate`")
     parser.add_argument("--compile", action="store_true", help="compile the denoisers: half the time, if there is g++")
     args = parser.parse_args()
     if unknown := set(args.stage) - set(STAGES):

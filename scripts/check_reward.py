@@ -7,19 +7,21 @@ python scripts/check_reward.py hps_v2 'frames={random: 4}' version=v2.0
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.errors import exit_on_usage_error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("reward", help="a published name, package.module:Class or path/to/file.py:Class")
-    parser.add_argument("--video", metavar="FILE", help="default: a clip of 17 frames of 64x64, made by a formula")
+    parser.add_argument(
+        "--video", type=cli.name, metavar="FILE", help="default: a clip of 17 frames of 64x64, made by a formula"
+    )
     parser.add_argument("--prompt", help="default: what that clip shows")
     parser.add_argument("--other-prompt", default="a blue square on the grass", help="for the second sample of a batch")
-    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--device", type=cli.device, help="default: cuda if there is one")
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="of the reward")
     args = parser.parse_intermixed_args(arguments)
     with exit_on_usage_error():

@@ -18,7 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chopgrad_align.common.errors import UsageError, exit_on_usage_error
+from chopgrad_align.common import command_line as cli
+from chopgrad_align.common.arguments import usable_path
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error, located
 
 if TYPE_CHECKING:
     from chopgrad_align.data.clips import Clip
@@ -30,13 +32,13 @@ METRICS = ["psnr", "ssim", "warping_error", "relative_warping_error", "flicker"]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="of a training run whose data are clips")
     parser.add_argument("--method", action="append", default=[], metavar="NAME=PATH", help="a run, or a LoRA")
     parser.add_argument("--baseline", nargs="*", choices=BASELINES, help="default: input and base")
     parser.add_argument("--pred", action="append", default=[], metavar="[NAME=]FOLDER", help="of videos; with --target")
-    parser.add_argument("--target", type=Path, metavar="FOLDER", help="of videos with the same names")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must not exist")
+    parser.add_argument("--target", type=cli.path, metavar="FOLDER", help="of videos with the same names")
+    parser.add_argument("--out", type=cli.path, required=True, metavar="FOLDER", help="must not exist")
     parser.add_argument(
         "--metrics",
         nargs="+",
@@ -45,9 +47,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "that need no weights; seams, if clips are longer than the model's window)",
     )
     parser.add_argument("--reference", metavar="NAME", help="method that differences are taken to (default: the first)")
-    parser.add_argument("--count", type=int, metavar="N", help="clips; default: one of each file")
-    parser.add_argument("--videos", type=int, default=8, metavar="N", help="clips to show side by side (default: 8)")
-    parser.add_argument("--device", help="of the metrics; default: cuda if there is one")
+    parser.add_argument("--count", type=cli.count, metavar="N", help="clips; default: one of each file")
+    parser.add_argument(
+        "--videos", type=cli.whole, default=8, metavar="N", help="clips to show side by side (default: 8)"
+    )
+    parser.add_argument("--device", type=cli.device, help="of the metrics; default: cuda if there is one")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the config")
     return parser.parse_intermixed_args(arguments)
 
@@ -64,15 +68,13 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UsageError("give either --config, or --pred and --target")
     if args.out.exists():
         raise UsageError(f"--out: {args.out} exists, and nothing is overwritten; choose another folder")
-    if args.count is not None and args.count < 1:
-        raise UsageError(f"--count: expected a positive number, got {args.count}")
 
     import torch
     from tqdm import tqdm
 
     from chopgrad_align.evaluation.compare import compare
     from chopgrad_align.evaluation.metrics import load_metrics
-    from chopgrad_align.training.config import load_config
+    from chopgrad_align.training.config_file import load_config
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     loras = _loras(args.method)
@@ -136,7 +138,8 @@ def _named(arguments: Sequence[str], option: str) -> dict[str, Path]:
             name, path = Path(argument).name, argument
         if not name or not path or name in named:
             raise UsageError(f"{option} {argument}: expected NAME=PATH, with another name each time")
-        named[name] = Path(path)
+        with located(option):
+            named[name] = Path(usable_path(path))
     return named
 
 

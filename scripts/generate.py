@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chopgrad_align.common.command_line import size
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 from chopgrad_align.data.prompts import Condition, read_conditions
 
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of a training run: its model, settings and LoRA")
-    parser.add_argument("--model", help="folder or hub id of a diffusers pipeline (default: the embedded one)")
-    parser.add_argument("--lora", type=Path, help="folder or file of LoRA weights, such as RUN/lora")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--run", type=cli.path, help="folder of a training run: its model, settings and LoRA")
+    parser.add_argument(
+        "--model", type=cli.name, help="folder or hub id of a diffusers pipeline (default: the embedded one)"
+    )
+    parser.add_argument("--lora", type=cli.path, help="folder or file of LoRA weights, such as RUN/lora")
     parser.add_argument(
         "--lora-scale",
         type=float,
@@ -43,20 +45,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="may be repeated")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help=".txt; or .csv, .jsonl with `prompt` and/or `image`")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the mp4 files")
-    parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--guidance", type=float, help="guidance scale")
-    parser.add_argument("--frames", type=int)
-    parser.add_argument("--size", type=size, metavar="HxW", help="height x width in pixels, such as 480x832")
-    parser.add_argument("--fps", type=float, help="of the file: 8 is CogVideoX's, 16 Wan's (default: the run's, or 8)")
-    parser.add_argument("--seed", type=int, default=0)
+    what.add_argument(
+        "--prompts", type=cli.path, metavar="FILE", help=".txt; or .csv, .jsonl with `prompt` and/or `image`"
+    )
+    parser.add_argument("--out", type=cli.path, required=True, metavar="DIR", help="folder of the mp4 files")
+    parser.add_argument("--steps", type=cli.count, help="denoising steps")
+    parser.add_argument("--guidance", type=cli.finite, help="guidance scale")
+    parser.add_argument("--frames", type=cli.count)
+    parser.add_argument("--size", type=cli.size, metavar="HxW", help="height x width in pixels, such as 480x832")
+    parser.add_argument(
+        "--fps",
+        type=cli.frames_per_second,
+        help="of the file: 8 is CogVideoX's, 16 Wan's (default: the run's, or 8)",
+    )
+    parser.add_argument("--seed", type=cli.whole, default=0)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="default: the run's; without --run bfloat16, float32 on CPU",
     )
-    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--device", type=cli.device, help="default: cuda if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args(arguments)
 
@@ -147,7 +155,7 @@ def _config(args: argparse.Namespace) -> Config | None:
         if not (args.run / needed).exists():
             raise UsageError(f"--run: there is no {args.run / needed}; give the folder of a run that has ended")
 
-    from chopgrad_align.training.config import load_config
+    from chopgrad_align.training.config_file import load_config
 
     types = [f"model.{name}={args.dtype}" for name in ("dtype", "vae_dtype")] if args.dtype else []
     config = load_config(args.run / "config.yaml", types)

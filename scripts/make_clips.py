@@ -10,11 +10,11 @@ ones.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import random
 from pathlib import Path
 
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 
 COLUMNS = ("file_name", "caption", "control", "empty", "instruction")
@@ -22,20 +22,17 @@ FPS = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--train", type=int, default=120, help="clips (default: 120)")
-    parser.add_argument("--held-out", type=int, default=24, help="clips (default: 24)")
-    parser.add_argument("--frames", type=int, default=25, help="of each (default: 25)")
-    parser.add_argument("--size", type=int, default=64, help="height and width (default: 64)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--out", type=cli.path, required=True, metavar="DIR")
+    parser.add_argument("--train", type=cli.count, default=120, help="clips (default: 120)")
+    parser.add_argument("--held-out", type=cli.count, default=24, help="clips (default: 24)")
+    parser.add_argument("--frames", type=cli.count, default=25, help="of each (default: 25)")
+    parser.add_argument("--size", type=cli.count, default=64, help="height and width (default: 64)")
+    parser.add_argument("--seed", type=cli.whole, default=0)
     args = parser.parse_args()
     with exit_on_usage_error():
         if args.out.exists():
             raise UsageError(f"--out: {args.out} exists, and nothing is overwritten; choose another folder")
-        for name in ("train", "held_out", "frames", "size"):
-            if getattr(args, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')}: expected 1 or more, got {getattr(args, name)}")
         for name, count in (("train", args.train), ("held_out", args.held_out)):
             write_clips(args.out / name, count, args.frames, args.size, args.seed, held_out=name == "held_out")
 

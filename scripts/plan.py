@@ -19,16 +19,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from chopgrad_align.common.arguments import whole_number
-from chopgrad_align.common.command_line import size
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="hub id of a known model, or folder of a pipeline (weights are not read)")
-    parser.add_argument("--size", type=size, metavar="HxW", help="of the video, in pixels, such as 480x832")
-    parser.add_argument("--frames", type=int)
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "--model", type=cli.name, help="hub id of a known model, or folder of a pipeline (weights are not read)"
+    )
+    parser.add_argument("--size", type=cli.size, metavar="HxW", help="of the video, in pixels, such as 480x832")
+    parser.add_argument("--frames", type=cli.count)
     parser.add_argument(
         "--reward",
         action="append",
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from chopgrad_align.planner import config_of, make_plan
         from chopgrad_align.planner.report import in_json, in_words
-        from chopgrad_align.training.config import load_config
+        from chopgrad_align.training.config_file import load_config
 
         diffusers_logging.disable_progress_bar()
         config = config_of(given, args.overrides) if given else load_config(args.config, args.overrides)
@@ -95,7 +96,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     from chopgrad_align.planner import known_models, sections
 
     height, width = args.size
-    call = {"height": height, "width": width, "num_frames": whole_number("--frames", args.frames)}
+    call = {"height": height, "width": width, "num_frames": args.frames}
     call |= known_models().get(args.model, {}).get("call", {})
     return sections(args.model, args.reward or ["colorfulness"], call)
 

@@ -15,19 +15,19 @@ import contextlib
 import csv
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--reward", required=True, help="a published name, package.module:Class or file.py:Class")
-    parser.add_argument("--video", type=Path, action="append", default=[], help="file or folder; may be repeated")
-    parser.add_argument("--csv", type=Path, action="append", default=[], metavar="FILE", help=".csv or .jsonl")
+    parser.add_argument("--video", type=cli.path, action="append", default=[], help="file or folder; may be repeated")
+    parser.add_argument("--csv", type=cli.path, action="append", default=[], metavar="FILE", help=".csv or .jsonl")
     parser.add_argument("--prompt", help="of videos that have none of their own")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV file to write (default: standard output)")
-    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--out", type=cli.path, metavar="FILE", help="CSV file to write (default: standard output)")
+    parser.add_argument("--device", type=cli.device, help="default: cuda if there is one")
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="of the reward")
     args = parser.parse_intermixed_args(arguments)
     with exit_on_usage_error():

@@ -8,7 +8,6 @@ that of the engine's own run under fake tensors: no weights, no GPU, minutes on 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chopgrad_align import Exact, Full, UsageError, decode
-from chopgrad_align.common.command_line import size
+from chopgrad_align.common import command_line as cli
 from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.decoding.backprop import Backprop
 from chopgrad_align.decoding.decoders import decoder_of, known_names
@@ -60,11 +59,11 @@ Slicing (`vae.enable_slicing()`) decodes the samples of a batch one by one, here
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=size, default=(480, 832), metavar="HxW", help="in pixels (default: 480x832)")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--size", type=cli.size, default=(480, 832), metavar="HxW", help="in pixels (default: 480x832)")
     parser.add_argument("--frames", type=int, nargs=2, default=(17, 33), help="two lengths; the growth is between them")
     parser.add_argument("--only", nargs="*", help="classes; default all known")
-    parser.add_argument("--output", type=Path, default=Path("docs/decoders.md"))
+    parser.add_argument("--output", type=cli.path, default=Path("docs/decoders.md"))
     args = parser.parse_args()
     height, width = args.size
 

@@ -12,7 +12,8 @@ from chopgrad_align import LastSteps, RandomLast
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.prompts import read_conditions
 from chopgrad_align.decoding.backprop import Exact, Full, Truncated
-from chopgrad_align.training.config import Gradient, load_config, to_yaml
+from chopgrad_align.training.config import Gradient
+from chopgrad_align.training.config_file import load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

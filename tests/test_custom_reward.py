@@ -11,7 +11,7 @@ import yaml
 from tiny_runs import rows
 
 from chopgrad_align.objective.reward import load_reward
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "docs" / "custom_reward.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align.training import batches
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.parallel import Replicas
 from chopgrad_align.training.run import train
@@ -134,6 +134,8 @@ def test_two_processes_compute_what_one_does(config, tmp_path):
     assert other["before"] == pytest.approx(one["before"], rel=1e-6)
     assert other["after"] == pytest.approx(one["after"], rel=1e-5)
     assert one["after"] != pytest.approx(one["before"], rel=1e-4)
+    assert other["witnesses"].keys() == one["witnesses"].keys() >= {"motion", "distance"}
+    assert other["witnesses"]["motion"]["after"] == pytest.approx(one["witnesses"]["motion"]["after"], rel=1e-4)
     assert len(list((tmp_path / "two" / "samples" / "after").glob("*.mp4"))) == 3
 
 

@@ -620,7 +620,9 @@ def test_a_config_with_its_held_out_clips(folders, monkeypatch, capsys):
     module.restorers = restorers
     module.HeldOutClips = lambda config, count: list(clips(count))
     monkeypatch.setitem(sys.modules, "chopgrad_align.training.predictors", module)
-    monkeypatch.setattr("chopgrad_align.training.config.load_config", lambda path, overrides: (path, tuple(overrides)))
+    monkeypatch.setattr(
+        "chopgrad_align.training.config_file.load_config", lambda path, overrides: (path, tuple(overrides))
+    )
     (folders / "run" / "lora").mkdir(parents=True)
     status, said, _ = run_script(
         "evaluate.py", monkeypatch, capsys, "--config", "c.yaml", "--method", "mine=run", "--out", "out",

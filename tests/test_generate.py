@@ -11,7 +11,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from tiny_pipelines import PROMPTS, TARGETS, picture, svd, wan_i2v, wan_t2v
 
 from chopgrad_align.data.video import read_video
-from chopgrad_align.training.config import to_yaml
+from chopgrad_align.training.config_file import to_yaml
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "generate.py"
 

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align import UsageError, load_config, train
-from chopgrad_align.evaluation.changes import summary
+from chopgrad_align.evaluation.changes import changes, summary
 from chopgrad_align.training import outcome
 from chopgrad_align.training.checkpoints import read_weights
 
@@ -192,3 +192,25 @@ def test_bounds_come_back_from_a_runs_own_config(configure, tmp_path):
     assert bounds["contrast"] == [0.9, None]
     assert "flow" not in bounds
     assert "sharpness" in bounds
+
+
+@pytest.mark.slow
+def test_a_reward_that_is_easy_to_hack_is_stopped_on_the_embedded_pipeline(tmp_path):
+    """Colourfulness alone, at a high learning rate: colours are driven up at the cost of everything else."""
+    options = [
+        *("~rewards.clip", "rewards.colour={name: colorfulness, args: {frames: 4}}", "train.learning_rate=3.0e-3"),
+        *("train.steps=16", "train.batch_size=4", "train.micro_batch=4", "train.warmup_steps=0"),
+        *("gradient.last_steps=1", "run.threads=1", "guard.on_breach=stop", f"run.folder={tmp_path}/run"),
+        *("validation.pairs=8", "validation.seeds=2", "validation.every=2", "validation.batch=8"),
+    ]
+    train(load_config(None, options))
+    print("\n".join(summary(tmp_path / "run")))
+    held_out = json.loads((tmp_path / "run" / "heldout.json").read_text())
+    assert 0 < held_out["steps"]["after"] < held_out["steps"]["last"] < 16
+    assert any(f"of the base model's (bound 1.4) at step {held_out['steps']['last']}" in r for r in held_out["remarks"])
+    watched = {change.name: change for change in changes(held_out) if change.bounds}
+    assert not any(change.breached(change.after) for change in watched.values())
+    assert any(change.breached(change.last) for change in watched.values())
+    # Every witness of the exported model is as near to the base model's as the last step's, or nearer.
+    for name in ("saturation", "contrast", "motion"):
+        assert abs(watched[name].after.ratio - 1) <= abs(watched[name].last.ratio - 1), name

@@ -19,7 +19,7 @@ from chopgrad_align.decoding.backprop import Exact, Full
 from chopgrad_align.decoding.decode import decode
 from chopgrad_align.objective.objective import Objective
 from chopgrad_align.training.batches import PromptBatches
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.run import train
 
 OWN = """

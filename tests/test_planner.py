@@ -26,7 +26,7 @@ from chopgrad_align.planner.report import fragment, in_words
 from chopgrad_align.planner.simulate import Figures, Memory
 from chopgrad_align.planner.weightless import Simulation, weightless
 from chopgrad_align.sampling.steps import LastSteps
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.methods.direct import DirectGradient
 from chopgrad_align.training.models import load_objective
 
@@ -549,7 +549,7 @@ def test_the_command_plans_for_a_folder(folder, capsys, main):
     [
         ([], "--model is missing"),
         (["--model", "x/y", "--frames", "5"], "--size is missing"),
-        (["--model", "x/y", "--size", "64x64", "--frames", "0"], "--frames=0: expected a whole number"),
+        (["--model", "x/y", "--size", "64x64", "--frames", "0"], "--frames: expected a whole number"),
         (["--model", "x/y", "--size", "64x64", "--frames", "5"], "no shapes for 'x/y'; give a folder"),
         (["--model", "FOLDER", "--size", "17x16", "--frames", "5"], "height=17; it makes multiples of 8"),
         (["--model", "FOLDER", "--size", "16x16", "--frames", "6"], "num_frames=6; it makes 4k"),

@@ -27,7 +27,7 @@ from chopgrad_align.sampling.predictions.latents import encode
 from chopgrad_align.sampling.predictions.one_call import one_call
 from chopgrad_align.sampling.predictions.probability_paths import RectifiedFlow, VariancePreserving, path_of
 from chopgrad_align.sampling.predictions.windows import predict_long, windows
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.methods import direct as step
 from chopgrad_align.training.methods import streaming
 from chopgrad_align.training.methods.direct import DirectGradient, MicroBatch

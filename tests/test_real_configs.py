@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.lora import load_lora
 from chopgrad_align.training.run import train
 

@@ -15,7 +15,8 @@ from tiny_runs import lora, rows, saved_lora
 from chopgrad_align.common.errors import Interrupted, UsageError, exit_on_usage_error
 from chopgrad_align.training import checkpoints, measurement, observers, outcome, resume, trainer, validation
 from chopgrad_align.training.checkpoints import Checkpoints, write_weights
-from chopgrad_align.training.config import Named, load_config, to_yaml
+from chopgrad_align.training.config import Named
+from chopgrad_align.training.config_file import load_config, to_yaml
 from chopgrad_align.training.fingerprints import fingerprints
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.parallel import check_launch

@@ -20,7 +20,7 @@ from tiny_runs import lora, rows
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.video import read_video
 from chopgrad_align.training import batches
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.lora import load_lora
 from chopgrad_align.training.run import train
@@ -114,7 +114,7 @@ def test_metrics(finished):
 def test_tensorboard(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = finished.run.path.rglob("events.out.tfevents.*")
+    (events,) = finished.run.path.glob("chopgrad_align/events.out.tfevents.*")
     accumulator = EventAccumulator(str(events)).Reload()
     logged = [(event.step, event.value) for event in accumulator.Scalars("reward")]
     assert logged == [(row["step"], pytest.approx(row["reward"])) for row in rows(finished.run.path)]

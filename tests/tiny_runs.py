@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from chopgrad_align.training.config import load_config
+from chopgrad_align.training.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "align.py"

@@ -62,8 +62,8 @@ def construct(kind: str, name: str, location: str, args: dict[str, object], **gi
     except ModuleNotFoundError as error:  # imported when it is used
         raise _missing(what, error) from error
     except Exception as error:  # the class is someone else's code, and its arguments are the user's
-        arguments = ", ".join(f"{key}={shown(value)}" for key, value in args.items()) or "no arguments"
-        raise UsageError(f"{what} cannot be made with {arguments}; it failed {_failure(error)}") from error
+        asked = ", ".join(f"{key}={shown(value)}" for key, value in args.items()) or "no arguments"
+        raise UsageError(f"{what} cannot be made with {asked}; it failed {failure(error)}") from error
     if isinstance(made, nn.Module):
         made.requires_grad_(False).eval()
     return made
@@ -85,7 +85,7 @@ def _module(location: str, what: str) -> ModuleType:
         raise UsageError(f"{what}: expected {_SPELLINGS}")
     try:
         return importlib.import_module(location)
-    except Exception as error:  # the module is someone else's code and can fail in any way
+    except (Exception, SystemExit) as error:  # the module is someone else's code and can fail in any way
         raise _import_error(location, what, error) from error
 
 
@@ -102,13 +102,13 @@ def _file(location: str, kind: str, what: str) -> ModuleType:
     sys.modules[private] = module  # dataclasses and pickle look the module up by its name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[private]
         raise _import_error(location, what, error) from error
     return module
 
 
-def _import_error(location: str, what: str, error: Exception) -> UsageError:
+def _import_error(location: str, what: str, error: BaseException) -> UsageError:
     if isinstance(error, ModuleNotFoundError) and error.name:
         if f"{location}.".startswith(f"{error.name}."):
             return UsageError(
@@ -116,10 +116,10 @@ def _import_error(location: str, what: str, error: Exception) -> UsageError:
                 "or for a file of yours write 'path/to/file.py:Class'"
             )
         return _missing(what, error)
-    return UsageError(f"{what}: importing {location} failed {_failure(error)}")
+    return UsageError(f"{what}: importing {location} failed {failure(error)}")
 
 
-def _failure(error: Exception) -> str:
+def failure(error: BaseException) -> str:
     """The place and the reason of an error in someone else's code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else f"{last.filename}:{last.lineno}"

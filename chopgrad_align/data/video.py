@@ -40,8 +40,8 @@ def write_video(path: str | Path, video: Tensor, fps: float) -> Path:
     path = Path(path)
     if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
         raise UsageError(f"expected a video (frames, 3, height, width) for {path}, got shape {tuple(video.shape)}")
-    if not fps > 0:
-        raise UsageError(f"expected a positive number of frames a second for {path}, got {fps}")
+    if not 0 < fps <= 1000:
+        raise UsageError(f"expected a positive number of frames a second, up to 1000, for {path}, got {fps}")
     video = video.detach().float().cpu()
     lowest, highest = video.min().item(), video.max().item()
     if not (lowest > -0.01 and highest < 1.01):  # written so that NaN fails too

@@ -54,7 +54,7 @@ def find_clips(videos: Sequence[Path], tables: Sequence[Path], prompt: str | Non
             raise UsageError(f"{path} holds no video ({', '.join(sorted(_SUFFIXES))})")
         for video in found:
             beside = video.with_suffix(".txt")
-            own = beside.read_text(encoding="utf-8").strip() if beside.is_file() else prompt
+            own = _text(beside) if beside.is_file() else prompt
             clips.append(Clip(video, _given(own, str(video))))
     for table in tables:
         for line, row in read_rows(table):
@@ -66,6 +66,13 @@ def find_clips(videos: Sequence[Path], tables: Sequence[Path], prompt: str | Non
                 Clip(table.parent / row["video"], _given(prompt if own is None else own, f"{table}, line {line}"))
             )
     return clips
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the prompt in {path}: {error}; save it as UTF-8") from error
 
 
 def _given(prompt: str | None, whose: str) -> str:

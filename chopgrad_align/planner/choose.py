@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from ..training.config import Config, load_config, to_yaml
+from ..training.config import Config
+from ..training.config_file import load_config, to_yaml
 from .simulate import Figures, simulate
 
 Setting = dict[str, Any]

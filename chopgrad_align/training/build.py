@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from ..common.errors import UsageError
+from ..common.arguments import shown
+from ..common.errors import UsageError, located
 from ..common.loading import construct, unknown_name
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
@@ -103,13 +105,22 @@ def _adapter(config: Config) -> LoraConfig:
 
 def _check_calls(pipe: Any, config: Config, calls: Sequence[Mapping[str, Any]]) -> None:
     steps = config.gradient.step_policy() if config.prediction.mode == "sample" else None
-    for key in ("latents", "num_videos_per_prompt", "prompt_embeds"):
-        if key in config.model.call:
-            raise UsageError(f"model.call.{key}: every video of a run is made of its own prompt and seed: leave it out")
-    if not isinstance(config.model.call.get("negative_prompt", ""), str | None):
-        raise UsageError("model.call.negative_prompt: expected one text, for all videos")
-    for call in calls:
-        check_call(pipe, {**call, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
+    for key, value in config.model.call.items():
+        with located(f"model.call.{key}"):
+            if key in ("latents", "num_videos_per_prompt") or key.endswith("_embeds"):
+                raise UsageError("every video of a run is made of its own prompt and seed: leave it out")
+            if key == "self" or key.startswith("callback"):
+                raise UsageError("a config cannot give it: leave it out")
+            if key == "negative_prompt" and not isinstance(value, str | None):
+                raise UsageError(f"expected one text, for all videos, got {shown(value)}")
+            if key.endswith("_kwargs") and not isinstance(value, dict | None):
+                raise UsageError(f"expected values by name, got {shown(value)}")
+    with located("model.call"):
+        for call in calls:
+            check_call(pipe, {**call, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
+        most = pipe.scheduler.config.get("num_train_timesteps", math.inf)
+        if (config.model.call.get("num_inference_steps") or 0) > most:
+            raise UsageError(f"num_inference_steps: expected at most {most}, the times that the scheduler has")
 
 
 def make_method(

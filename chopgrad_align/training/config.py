@@ -1,24 +1,15 @@
-"""What a run is: one YAML file into typed dataclasses. Only the trainer unpacks them; no algorithm sees a config."""
+"""The schema of a run's config, as typed dataclasses. Only the trainer unpacks them; no algorithm sees a config."""
 
 from __future__ import annotations
 
-import functools
-import math
-import operator
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import field, fields, is_dataclass
-from importlib.resources import files
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+from collections.abc import Iterable
+from dataclasses import field, fields
+from typing import Annotated, Any, Literal, cast
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from ..common.arguments import nearest, readable_text, shown, usable_path
+from ..common.arguments import nearest
 from ..common.errors import UsageError
 from ..common.loading import construct, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
@@ -27,34 +18,27 @@ from ..sampling import predictions as prediction
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
 from .captions import Captions
-
-
-def _number(value: object) -> object:
-    if isinstance(value, bool):  # pydantic takes True for 1
-        raise ValueError(f"expected a number, got {value}")
-    return value
-
-
-def _term_name(name: str) -> str:
-    if not name.strip() or "/" in name or len(name) > 64 or name in _RESERVED:
-        raise ValueError(
-            f"expected a name of at most 64 characters, without '/' and none of {', '.join(_RESERVED)}, "
-            f"got {shown(name)}"
-        )
-    return readable_text(name)
-
-
-def _each_once(values: list[str]) -> list[str]:
-    if twice := [value for value in values if values.count(value) > 1]:
-        raise ValueError(f"{twice[0]!r} is there twice")
-    return values
-
-
-def _targets(value: object) -> object:
-    each = value if isinstance(value, list) else [value]
-    if not each or not all(isinstance(part, str) and part.strip() for part in each):
-        raise ValueError(f"expected a list of strings, or one string, got {shown(value)}")
-    return value
+from .config_values import (
+    Batch,
+    Bound,
+    Caption,
+    EachOnce,
+    Finite,
+    Fraction,
+    FramesPerSecond,
+    Name,
+    NonNegative,
+    NonNegativeFloat,
+    Pairs,
+    Pixels,
+    Positive,
+    PositiveFloat,
+    Seed,
+    Targets,
+    TermName,
+    Threads,
+    Time,
+)
 
 
 def _expect_effect(section: Any, keys: Iterable[str], choice: str) -> None:
@@ -66,39 +50,8 @@ def _expect_effect(section: Any, keys: Iterable[str], choice: str) -> None:
             raise ValueError(f"{key} has no effect with {choice}={getattr(section, choice)}: leave it out")
 
 
-def _bound(value: object) -> object:
-    each = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
-    if value is not None and not all(isinstance(v, int | float) and not isinstance(v, bool) for v in each):
-        raise ValueError(f"expected a number, two in a list, or null, got {shown(value)}")
-    return value
-
-
-_MOST = 2**31 - 1  # of a count
-_MOST_BYTES = 2**20  # of a config
-_SHOWN = 5  # mistakes that are named in one message
-_RESERVED = ("heldout", "seconds")  # keys of metrics begin with them, as with the names of terms
-
-Positive = Annotated[int, Field(ge=1, le=_MOST), BeforeValidator(_number)]
-NonNegative = Annotated[int, Field(ge=0, le=_MOST), BeforeValidator(_number)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
-Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
-Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
-Time = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
-FramesPerSecond = Annotated[float, Field(ge=0.01, le=1000, allow_inf_nan=False), BeforeValidator(_number)]
-Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_number)]
-Pixels = Annotated[int, Field(ge=1, le=2**14), BeforeValidator(_number)]
-Name = Annotated[str, Field(strict=True), AfterValidator(usable_path)]
-"""Of a file, a folder, a class, a model: what a file system can be asked for."""
-Caption = Annotated[str, Field(strict=True), AfterValidator(readable_text)]
-Bound = Annotated[float | tuple[float, float] | None, BeforeValidator(_bound)]
-TermName = Annotated[str, AfterValidator(_term_name)]
-"""Of a reward or a loss, in keys of metrics and in columns of prompt files."""
-
 # Of losses before the decoder: what they compare, and the modes that know what it should be.
 _LATENT_LOSSES = {"latent": ("latents", ("one_step", "denoise")), "diffusion": ("outputs", ("denoise",))}
-
-_INTERPOLATIONS = "_interpolations"  # beside a config's fields: no key, and no part of comparisons
 
 _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw_only=True)
 
@@ -108,7 +61,7 @@ class Run:
     folder: Name
     """Where everything goes; must not hold a run already."""
     seed: Seed = 0
-    threads: Positive | None = None
+    threads: Threads | None = None
     """Of each process on the CPU; default: OMP_NUM_THREADS, or its share of the cores. A 1 there counts as not set
     under a launcher, since `accelerate launch` and torchrun set it to 1 themselves: write threads=1 if it is meant."""
 
@@ -152,9 +105,7 @@ class Lora:
     rank: Positive = 16
     alpha: PositiveFloat | None = None
     """Scale is alpha / rank; default the rank."""
-    targets: Annotated[list[str] | str, BeforeValidator(_targets)] = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"]
-    )
+    targets: Targets = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Names of the denoiser's linear layers, or one regular expression of whole names, which can choose blocks:
     blocks\\.(2[0-9])\\..*to_[qkv] are those of the blocks 20 to 29."""
     rslora: bool = False
@@ -359,7 +310,7 @@ _STEP_POLICIES = {
 }
 
 
-_BLOCKS = ("cache", "checkpoint", "rows", "saturated")
+_BLOCKS = ("cache", "rows", "saturated")
 # What each policy reads of the section; one of the user's own has its args.
 _DECODER_KEYS = {"exact": _BLOCKS, "truncated": ("distance", *_BLOCKS), "full": ("saturated",)}
 
@@ -390,7 +341,7 @@ class Gradient:
         if self.steps is not None and self.last_steps is not None:
             raise ValueError("give steps or its short form last_steps, not both")
         reads = _DECODER_KEYS.get(self.decoder, ("args",))
-        _expect_effect(self, {"args", "distance", "cache", "checkpoint", "rows", "saturated"} - {*reads}, "decoder")
+        _expect_effect(self, {"args", "distance", "cache", "rows", "saturated"} - {*reads}, "decoder")
         self.step_policy(), self.policy()
         return self
 
@@ -425,9 +376,9 @@ class Gradient:
 @_strict
 class Train:
     steps: Positive
-    batch_size: Positive = 4
+    batch_size: Batch = 4
     """Videos for one optimizer step, over all processes."""
-    micro_batch: Positive = 1
+    micro_batch: Batch = 1
     """Videos sampled at a time by one process, if it has so many; the rest is accumulated."""
     seeds: Literal["fresh", "fixed"] = "fresh"
     """Noise of each video: new each time, or for a prompt or clip always the same."""
@@ -461,7 +412,7 @@ class Train:
         """Whether the learning rate of a step depends on how many there will be."""
         return (
             self.schedule is not None
-            and self.schedule.name not in (*("constant", "constant_with_warmup", "inverse_sqrt"),)
+            and self.schedule.name not in ("constant", "constant_with_warmup", "inverse_sqrt")
             and "." not in self.schedule.name
         )
 
@@ -476,14 +427,14 @@ class Ema:
 class Validation:
     every: NonNegative = 0
     """Steps between held-out measurements; 0: before and after only."""
-    pairs: Annotated[Positive, Field(ge=2)] = 64
+    pairs: Pairs = 64
     """Pairs of held-out prompt and seed."""
     seeds: Positive = 1
     """Pairs of a condition that come one after the other: with 2, half as many conditions, and `diversity` between
     seeds."""
     videos: NonNegative = 8
     """Of them, how many are written as mp4."""
-    batch: Positive = 1
+    batch: Batch = 1
 
 
 @_strict
@@ -530,7 +481,7 @@ class Config:
     guard: Guard = field(default_factory=Guard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     parallel: Parallel = field(default_factory=Parallel)
-    trackers: Annotated[list[Literal["tensorboard", "wandb"]], AfterValidator(_each_once)] = field(default_factory=list)
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], EachOnce] = field(default_factory=list)
 
     @model_validator(mode="after")
     def _objective(self) -> Config:
@@ -587,182 +538,3 @@ class Config:
         """The names of all witnesses."""
         names = dict.fromkeys([*BUILT_IN, *self.witnesses])
         return [name for name in names if self.witnesses.get(name, ...) is not None]
-
-
-def _package_path(path: str) -> str:
-    return str(files("chopgrad_align") / path)
-
-
-def _configs_path(path: str) -> str:
-    return str(files("chopgrad_configs") / path)
-
-
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file (default: the embedded one) and apply overrides.
-
-    `key.sub=value` sets a key, `~key.sub` leaves it out.
-
-    `${package:PATH}` and `${configs:PATH}` in a value are files of the installed package and of its configs; paths are
-    otherwise relative to the current folder.
-
-    Raises:
-        UsageError: No such file, not YAML, an unknown key, a wrong type or an impossible value: one line with the key,
-            what was expected and the nearest known key.
-    """
-    OmegaConf.register_resolver("package", _package_path, replace=True)
-    OmegaConf.register_resolver("configs", _configs_path, replace=True)
-    path = str(files("chopgrad_configs") / "embedded.yaml") if path is None else usable_path(str(path))
-    if not Path(path).is_file():
-        known = ", ".join(sorted(p.name for p in Path(str(files("chopgrad_configs"))).glob("*.yaml")))
-        raise UsageError(f"no config file {path}; in configs/ there are {known}")
-    with _readable(f"config {path}"):
-        tree = _tree(Path(path))
-    for override in overrides:
-        if override.startswith("~"):
-            _delete(tree, override[1:])
-            continue
-        if not re.match(r"[^\s=.\[\]-][^=\[\]]*=", override):
-            raise UsageError(f"cannot read the override {shown(override)}; write key.sub=value")
-        with _readable(f"override {shown(override)}"):
-            tree = _merged(tree, override)
-    with _readable(f"config {path}"):
-        resolved, raw = (
-            OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve) for resolve in (True, False)
-        )
-    config = check_config(resolved, path)
-    vars(config)[_INTERPOLATIONS] = dict(_interpolations(raw))
-    return config
-
-
-def check_config(values: Any, where: str) -> Config:
-    """The config that nested dictionaries describe.
-
-    Args:
-        values: Plain values by key.
-        where: What the user knows it as; errors begin with it.
-
-    Raises:
-        UsageError: As `load_config`.
-    """
-    try:
-        return TypeAdapter(Config).validate_python(values)
-    except ValidationError as error:
-        wrong = [*dict.fromkeys(map(_sentence, error.errors()))]
-        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-        raise UsageError(f"{where}: " + "; ".join(wrong[:_SHOWN] + more)) from error
-
-
-def _tree(path: Path) -> DictConfig:
-    if path.stat().st_size > _MOST_BYTES:
-        raise UsageError(f"{path} has more than {_MOST_BYTES:,} bytes; give the YAML file of a run")
-    text = path.read_text(encoding="utf-8")
-    if "*" in text and _values(yaml.compose(text, yaml.SafeLoader), {}) > _MOST_BYTES:
-        raise UsageError(f"{path}: its aliases make it grow beyond measure; write out what is meant")
-    tree = OmegaConf.load(path)
-    if not isinstance(tree, DictConfig):
-        raise UsageError(f"the config {path} must be a mapping of sections, such as run, model and train")
-    return tree
-
-
-def _values(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Count the values of a node with its aliases written out; infinite, if one holds itself."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        parts = (part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,)))
-        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
-    return known[id(node)]
-
-
-def _merged(tree: DictConfig, override: str) -> Any:
-    key, _, value = override.partition("=")
-    if "???" in value:  # OmegaConf's sign for a value that is missing
-        raise UsageError(f"the override {shown(override)} gives no value")
-    if value.strip() == "{}" and OmegaConf.select(tree, key):
-        raise UsageError(f"the override {override!r} would change nothing; to empty a section, leave out its keys by ~")
-    return OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-
-
-def _delete(tree: DictConfig, key: str) -> None:
-    with _readable(f"override {shown(f'~{key}')}"):
-        section, _, name = key.rpartition(".")
-        parent = OmegaConf.select(tree, section) if section else tree
-        if not isinstance(parent, DictConfig) or name not in parent:
-            raise UsageError(f"the override '~{key}' leaves out a key that the config does not have")
-        del parent[name]
-
-
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Within the context, what goes wrong with a text of the user's is a UsageError."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:  # of the YAML reader and of OmegaConf, which let any kind escape
-        raise UsageError(f"cannot read the {what}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply, or a value refers to itself"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:299]}…"
-
-
-def _sentence(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    match error["type"]:
-        case "unexpected_keyword_argument":
-            where = ".".join(location[:-1]) or "the top level"
-            known = _known_keys(location[:-1])
-            hint = nearest(location[-1], known) or f"; at {where} there are {', '.join(known)}"
-            return f"unknown key {shown(key)}{hint}"
-        case "missing" | "missing_argument":
-            return f"{key!r} is missing"
-        case "dataclass_type":
-            expected = f"a section with the keys {', '.join(_known_keys(location))}"
-        case "value_error":
-            return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-        case _:
-            expected = error["msg"].removeprefix("Input should be ")
-    return f"{key}: expected {expected}, got {shown(error['input'])}"
-
-
-def _known_keys(location: Sequence[str]) -> list[str]:
-    kind: Any = Config
-    for part in location:
-        kind = get_type_hints(kind)[part] if is_dataclass(kind) else get_args(kind)[1]  # a value of dict[str, kind]
-        kind = next(filter(is_dataclass, get_args(kind)), kind) if type(None) in get_args(kind) else kind
-    return [f.name for f in fields(kind)] if is_dataclass(kind) else []
-
-
-def header(config: Config) -> str:
-    """The first line of a run's own config: the command that runs it again elsewhere."""
-    return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
-
-
-def to_yaml(config: Config) -> str:
-    """The whole config, defaults included, as YAML that `load_config` reads back to the same.
-
-    What it takes from elsewhere, such as `${oc.env:TOKEN}`, stands there as it was written.
-    """
-    tree = TypeAdapter(Config).dump_python(config, mode="json")
-    for (*sections, name), text in interpolations(config).items():
-        functools.reduce(operator.getitem, sections, tree)[name] = text
-    return OmegaConf.to_yaml(tree)
-
-
-def interpolations(config: Config) -> dict[tuple[str | int, ...], str]:
-    """Values that the config takes from elsewhere as they were written, by sections, keys and places in lists."""
-    return vars(config).get(_INTERPOLATIONS, {})
-
-
-def _interpolations(tree: Any, *path: str | int) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    if isinstance(tree, dict | list):
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _interpolations(value, *path, key)
-    elif isinstance(tree, str) and "${" in re.sub(r"\$\{(package|configs):[^{}]*\}", "", tree):
-        yield path, tree

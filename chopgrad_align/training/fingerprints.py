@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
-from .config import Config, interpolations
+from .config import Config
+from .config_file import interpolations
 
 _SOURCES = re.compile(
     r"data\.(train|held_out)|model\.(name|loras\..*\.name)"

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -206,11 +206,11 @@ class RunFolder:
                 self.best.remove(step)
 
     def weights(self, step: int) -> Path | None:
-        """The folder with the weights of a step, if they are still there and whole."""
-        for kept in (self.best, self.checkpoints):
-            with suppress(Unusable):
-                return kept.verify(step)
-        return None
+        """The folder with the weights of a step that was the best, if it is still there and whole."""
+        try:
+            return self.best.verify(step)
+        except Unusable:
+            return None
 
     @contextmanager
     def exporting(self) -> Iterator[Path]:

@@ -48,7 +48,11 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
         raise UsageError(f"{type(pipe).__name__}: diffusers could not load a LoRA of {', '.join(lost)} again")
     for name, denoiser in denoisers.items():
         _check_targets(name, denoiser, config)
-        inject_adapter_in_model(config, denoiser, adapter_name="default")
+        try:
+            inject_adapter_in_model(config, denoiser, adapter_name="default")
+        except (ValueError, TypeError) as error:  # of a module that no LoRA can be on, or of other values of the config
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(f"lora: peft refuses the targets or settings for {name} ({reason})") from error
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -59,9 +59,8 @@ def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
     except Exception as error:  # of diffusers, transformers, safetensors and the hub, each of which has its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(
-            f"{argument}: cannot load {name}; check the name, its files and the network ({reason})"
-        ) from error
+        remedy = "check its files" if Path(name).exists() else "check the name and the network"
+        raise UsageError(f"{argument}: cannot load {name}; {remedy} ({reason})") from error
 
 
 def check_model(model: Model) -> None:
@@ -108,7 +107,7 @@ def _scheduler(pipe: Any, settings: dict[str, Any], steps: Any) -> Any:
     if name not in known:
         raise UsageError(f"model.scheduler.name: diffusers has no {name!r}{nearest(name, known)}")
     cls = getattr(diffusers, name)
-    accepted = inspect.signature(cls.__init__).parameters
+    accepted = inspect.signature(cls).parameters
     for key, value in settings.items():
         if key not in accepted:
             raise UsageError(f"model.scheduler: {name} has no setting {key!r}{nearest(key, accepted)}")
@@ -116,14 +115,34 @@ def _scheduler(pipe: Any, settings: dict[str, Any], steps: Any) -> Any:
     try:
         scheduler = cls.from_config(pipe.scheduler.config, **settings)
         if not scheduler.config.get("use_dynamic_shifting"):  # or the pipeline tells the shift for its size
-            scheduler.set_timesteps(steps if type(steps) is int and 0 < steps <= 1000 else 10)
+            _take_a_step(cls.from_config(scheduler.config), steps if type(steps) is int and 0 < steps <= 1000 else 10)
     except Exception as error:  # each scheduler has its own ways to refuse
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"model.scheduler: {name} refuses {settings} ({type(error).__name__}: {reason})") from error
-    times = scheduler.timesteps
-    if times is not None and not torch.as_tensor(times).isfinite().all():
-        raise UsageError(f"model.scheduler: with {settings} the times of {name} are not finite")
+    if _is_flow(pipe.scheduler) and not _is_flow(scheduler):
+        raise UsageError(
+            f"model.scheduler: the model predicts velocities of a flow, and {name} would take them for noise; add "
+            "prediction_type=flow_prediction and use_flow_sigmas=true, or take a FlowMatch scheduler"
+        )
     return scheduler
+
+
+def _take_a_step(scheduler: Any, steps: int) -> None:
+    """Let a scheduler make its times and use the first of them, as a pipeline would; raise whatever it raises."""
+    scheduler.set_timesteps(steps)
+    times, sample = torch.as_tensor(scheduler.timesteps), torch.zeros(1, 1, 1, 1, 1)
+    highest = scheduler.config.num_train_timesteps if _is_flow(scheduler) else math.inf
+    if not times.isfinite().all() or times.max() > highest or (_is_flow(scheduler) and times.min() < 0):
+        raise ValueError(f"its times would be {times.tolist()[:3]}, …")
+    if hasattr(scheduler, "scale_model_input"):
+        sample = scheduler.scale_model_input(sample, times[0])
+    scheduler.step(sample, times[0], sample)
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch") or (
+        scheduler.config.get("prediction_type") == "flow_prediction"
+    )
 
 
 def _check_setting(argument: str, value: Any, annotation: Any) -> None:

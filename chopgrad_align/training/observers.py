@@ -13,7 +13,8 @@ import av
 import yaml
 from tqdm import tqdm
 
-from .config import Config, to_yaml
+from .config import Config
+from .config_file import to_yaml
 from .folder import RunFolder
 from .parallel import Replicas
 

@@ -56,7 +56,7 @@ class Outcome:
         if after.step != step:
             weights = self.folder.weights(after.step)
             if weights is None:  # the bounds were others when it was measured
-                remark = f"the best weights, of step {after.step}, are gone: lora/ holds the last"
+                remark = f"the best weights, of step {after.step}, were not kept: lora/ holds the last"
                 after = measured[-1]
             else:
                 self.export(weights)
@@ -86,8 +86,10 @@ class Outcome:
             held |= comparison(self.validation.measured, after)
             held["seeds"] = [held_out_seed(i) for i in range(len(after.prompts))]
             held["bounds"] = {name: [b.least, b.most] for name, b in self.validation.guard.bounds.items()}
-            self.folder.show_as_after(after.step)
         self.folder.write(self.folder.held_out, json.dumps(with_nulls(held)))
+        if after is not None:
+            with pictures("samples/after"):
+                self.folder.show_as_after(after.step)
         for what, make in (("curves.png", draw_curves), ("samples.png", draw_samples), ("the report", write_report)):
             with pictures(what):
                 make(self.folder.path)

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..common.errors import UsageError
 from .checkpoints import read_state
-from .config import Config, interpolations, load_config
+from .config import Config
+from .config_file import interpolations, load_config
 from .fingerprints import fingerprints, leaves
 from .folder import RunFolder
 from .state import TrainState

@@ -12,7 +12,8 @@ from ..evaluation.heldout import Paired
 from ..evaluation.witnesses import check_witnesses
 from ..sampling.predictions.columns import arguments
 from .build import load_models, make_guard, make_method, make_state, make_witnesses
-from .config import Config, header, to_yaml
+from .config import Config
+from .config_file import header, to_yaml
 from .data import Data, read_data
 from .encoded_prompts import encode_prompts
 from .environment import environment

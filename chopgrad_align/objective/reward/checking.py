@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
+from ...common.loading import failure
 from .protocol import Reward, check_scores, score
 
 
@@ -44,12 +45,17 @@ def scores_and_gradient(reward: Reward, name: str, video: Tensor, prompts: list[
     """Scores `(B,)` of a video, and the gradient of their weighted sum to its pixels; sample b has the seed b.
 
     Raises:
-        UsageError: The scores are not a tensor, not `(B,)` or not finite; they carry no gradient, or it is not finite,
-            or it is zero everywhere in some sample (a constant, or a score of another sample).
+        UsageError: It fails; the scores are not a tensor, not `(B,)` or not finite; they carry no gradient, or it is
+            not finite, or it is zero everywhere in some sample (a constant, or a score of another sample).
     """
     video = video.detach().requires_grad_()
     with torch.enable_grad():
-        scores = score(reward, video, prompts, range(len(prompts)))
+        try:
+            scores = score(reward, video, prompts, range(len(prompts)))
+        except UsageError:
+            raise
+        except Exception as error:  # the reward is someone else's code
+            raise UsageError(f"reward {name!r}, on a video {tuple(video.shape)}, failed {failure(error)}") from error
         scores = check_scores(f"reward {name!r}", scores, len(prompts))
     values = scores.detach().tolist()
     context = f"on a video {tuple(video.shape)} it scored {values}"
