@@ -103,6 +103,8 @@ def test_a_run_that_is_killed_everywhere_is_the_run_that_was_not(again, straight
     run = tmp_path / "run"
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')  # cut off
+    (run / ".config.yaml.1.partial").touch()
+    (run / "checkpoints" / ".best-000003.tmp").mkdir()
     assert train(again(), resume=True) == straight.result
     assert_same(run, straight.run.path)
     assert not [*run.rglob("*.tmp"), *run.rglob("*.partial")]
@@ -157,6 +159,7 @@ def test_a_complete_run_can_be_made_longer(again, straight, tmp_path):
         ("train.micro_batch=2", "--resume: train.micro_batch differs"),  # by which masks of dropout are drawn
         ("train.schedule.name=cosine", "--resume: train.schedule"),
     ],
+    ids=lambda value: value.split("=")[0].split(".")[-1] if value[0] != "-" else "",
 )
 def test_resume_of_another_run(straight, changed, message):
     content = tree(straight.run.path)

@@ -56,7 +56,7 @@ def exit_on_usage_error() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception:
-        _tell_launcher(traceback.format_exc())
+        _tell_launcher(traceback.format_exc().rstrip())
         raise
 
 

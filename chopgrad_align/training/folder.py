@@ -144,16 +144,33 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, and one that was cut off: a resumed run writes them again."""
         if self.metrics.is_file():
-            self.write(self.metrics, "".join(line for line in self._lines() if json.loads(line)["step"] <= step))
+            self.write(self.metrics, "".join(line for of, line in self._rows() if of <= step))
 
     def last_row(self) -> int:
         """The step of the last row of metrics; 0 if there is none."""
-        return max((json.loads(line)["step"] for line in self._lines()), default=0) if self.metrics.is_file() else 0
+        return max((of for of, _ in self._rows()), default=0) if self.metrics.is_file() else 0
 
-    def _lines(self) -> list[str]:
+    def _rows(self) -> list[tuple[int, str]]:
+        """The step and the line of each row; a last one that was cut off is left out."""
         with os_errors_as_usage_errors(self.path):
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.endswith("\n"):
+                    rows.append((int(json.loads(line)["step"]), line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UsageError(
+                    f"{self.metrics}, line {number}: expected a JSON object with a `step`; correct or delete it"
+                ) from error
+        return rows
+
+    def clean(self) -> None:
+        """Remove what a killed process left half written."""
+        for path in self.path.rglob(".*.partial"):
+            path.unlink(missing_ok=True)
+        self.checkpoints.clean()
+        self.best.clean()
 
     def write(self, path: Path, text: str) -> None:
         """Write a whole file or nothing."""

@@ -157,7 +157,7 @@ def prepare(trainer: Trainer, resume: bool) -> None:
     if resume:
         trainer.saved = take_up(config, trainer.state, trainer.validation, trainer.inputs)
     if parallel.is_main:
-        trainer.folder.checkpoints.clean()
+        trainer.folder.clean()
         trainer.folder.write(trainer.folder.config, header(config) + to_yaml(config))
         trainer.folder.note_environment(environment(parallel.device, parallel.world))
     trainer.observers.open()
