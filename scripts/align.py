@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="load and check everything, and stop before sampling")
     parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="write a trace of N steps into the run folder, for Perfetto"
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key.sub=value",
@@ -41,7 +44,7 @@ def main() -> None:
             return
         from chopgrad_align.training.run import train
 
-        result = train(config, args.resume, args.dry_run, args.allow_changed)
+        result = train(config, args.resume, args.dry_run, args.allow_changed, args.profile)
         if result is not None:
             from chopgrad_align.evaluation.changes import summary
 

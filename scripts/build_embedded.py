@@ -1,15 +1,16 @@
-"""Train the embedded pipeline and its reward from nothing, on procedural videos, and record what they reached.
+"""Train the embedded pipeline and its rewards from nothing, on procedural videos, and record what they reached.
 
     python scripts/build_embedded.py                       # all stages, in order; interrupted, it goes on where it was
     python scripts/build_embedded.py vae --work DIR        # one stage
     python scripts/build_embedded.py evaluate --clips DIR  # figures for the model card, real clips included
 
 Stages: `vae` (AutoencoderKLWan in Wan 2.2's residual, patchified shape), `decoder` (its decoder by itself, on latents
-with noise), `reward` (open_clip, contrastive), `latents` (the denoiser's training set, encoded once), `denoiser`
-(WanTransformer3DModel and its text encoder, flow matching) and `finer` (the same in four times as many tokens),
-`export` (a diffusers folder and an open_clip folder, float16 safetensors), `evaluate` (figures, sample grid, card). All
-in `embedded_stages/`. The weights that come with the package were made so, except that the clips of all `denoiser`
-steps and of the first 1390 of 2800 `finer` steps had the full spread of places and poses.
+with noise), `reward` (open_clip on single frames, contrastive), `video_reward` (whole videos, with captions that differ
+in one word), `latents` (the denoiser's training set, encoded once), `denoiser` (WanTransformer3DModel and its text
+encoder, flow matching) and `finer` (the same in four times as many tokens), `export` (a diffusers folder and those of
+the rewards, float16 safetensors), `evaluate` (figures, sample grid, card). All in `embedded_stages/`. The weights that
+come with the package were made so, except that the clips of all `denoiser` steps and of the first 1390 of 2800 `finer`
+steps had the full spread of places and poses.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from embedded_stages.export import export
 from embedded_stages.latents import encode_latents
 from embedded_stages.reward import train_reward
 from embedded_stages.vae import train_vae
+from embedded_stages.video_reward import train_video_reward
 
 from chopgrad_align.common.errors import exit_on_usage_error
 
@@ -32,6 +34,7 @@ STAGES = {
     "vae": (train_vae, 2400),
     "decoder": (train_decoder, 300),
     "reward": (train_reward, 1000),
+    "video_reward": (train_video_reward, 1000),
     "latents": (encode_latents, 8000),
     "denoiser": (train_denoiser, 8000),
     "finer": (train_finer_denoiser, 2800),

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import random
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +68,23 @@ def test_the_decoder_is_trained_on_latents_with_noise():
     assert 0.28 < strength.max() < 0.33
 
 
+def test_the_video_reward_is_trained_against_captions_that_differ_in_one_word():
+    from embedded_stages.video_reward import WORDS, neighbours
+
+    from chopgrad_align.data import procedural
+
+    rng = random.Random(0)
+    for _ in range(5):
+        scene = procedural.random_scene(rng)
+        others = neighbours(scene, rng)
+        differing = [[kind for kind in WORDS if getattr(other, kind) != getattr(scene, kind)] for other in others]
+        assert all(len(kinds) == 1 for kinds in differing)
+        assert {kinds[0] for kinds in differing} == set(WORDS)
+        assert not any(other.held_out for other in others)
+        motions = [replace(scene, motion=motion) for motion in procedural.MOTIONS if motion != scene.motion]
+        assert {other for other in others if other.motion != scene.motion} == {m for m in motions if not m.held_out}
+
+
 def test_finer_patches_start_from_what_coarse_ones_mean():
     from diffusers import WanTransformer3DModel
     from embedded_stages import denoiser
@@ -96,7 +115,7 @@ def test_what_cannot_be_run_is_refused(tmp_path, monkeypatch, capsys, arguments,
 
 @pytest.mark.slow
 def test_every_stage_from_nothing_to_the_card(tmp_path, monkeypatch):
-    from embedded_stages import decoder, denoiser, evaluate, export, latents, reward, vae
+    from embedded_stages import decoder, denoiser, evaluate, export, latents, reward, vae, video_reward
 
     folder, work = tmp_path / "embedded", tmp_path / "work"
     monkeypatch.setattr(export, "EMBEDDED", folder)
@@ -105,6 +124,7 @@ def test_every_stage_from_nothing_to_the_card(tmp_path, monkeypatch):
     vae.train_vae(work, 1)
     decoder.train_decoder(work, 1)
     reward.train_reward(work, 1)
+    video_reward.train_video_reward(work, 1)
     latents.encode_latents(work, 20)
     denoiser.train_denoiser(work, 1)
     denoiser.train_finer_denoiser(work, 1)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny_pipelines
@@ -13,6 +15,7 @@ from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align.training import batches
 from chopgrad_align.training.config import load_config
+from chopgrad_align.training.folder import RunFolder
 from chopgrad_align.training.parallel import Replicas
 from chopgrad_align.training.run import train
 
@@ -50,13 +53,14 @@ torch.save([p.detach() for p in found], f"{folder}/rank-{os.environ['RANK']}.pt"
 """
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--master_port", "0", "--rdzv_backend", "c10d"]
+TORCHRUN += ["--rdzv_endpoint", "localhost:0", "--nproc_per_node"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def launch(processes, *arguments, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600, **options
-    )
+    command = [*map(str, (*TORCHRUN, processes, *arguments))]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, **options)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,8 @@ def test_two_processes_compute_what_one_does(config, tmp_path):
     assert other["before"] == pytest.approx(one["before"], rel=1e-6)
     assert other["after"] == pytest.approx(one["after"], rel=1e-5)
     assert one["after"] != pytest.approx(one["before"], rel=1e-4)
+    assert other["witnesses"].keys() == one["witnesses"].keys() >= {"motion", "distance"}
+    assert other["witnesses"]["motion"]["after"] == pytest.approx(one["witnesses"]["motion"]["after"], rel=1e-4)
     assert len(list((tmp_path / "two" / "samples" / "after").glob("*.mp4"))) == 3
 
 
@@ -158,8 +164,61 @@ def test_a_run_of_one_process_is_continued_by_two(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wrong_batch_size_stops_both(config, tmp_path):
+def test_a_usage_error_is_said_by_one_process_and_ends_what_the_launcher_says(config, tmp_path):
     done = launch(2, tiny_runs.SCRIPT, "--config", config, f"run.folder={tmp_path}/run", "train.batch_size=3")
     assert done.returncode != 0
-    assert "error: train.batch_size=3 must be a multiple of processes × micro_batch = 2 × 1" in done.stderr
+    said = "error: train.batch_size=3 must be a multiple of processes × micro_batch = 2 × 1"
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [said]
+    assert said in "\n".join(done.stderr.splitlines()[-3:])
     assert not (tmp_path / "run").exists()
+
+
+HANGS = """
+import time
+import torch
+
+class Hangs:
+    def __call__(self, video, prompts):
+        if video.requires_grad and torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            time.sleep({seconds})
+        return video.float().mean((1, 2, 3, 4))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run(config, tmp_path):
+    (tmp_path / "reward.py").write_text(HANGS.format(seconds=600))
+    options = [f"run.folder={tmp_path}/run", "~rewards.mean", f"rewards.own.name={tmp_path}/reward.py:Hangs"]
+    options += [*OVERRIDES, "parallel.timeout=60"]
+    done = launch(2, "--shutdown-timeout", 5, tiny_runs.SCRIPT, "--config", config, *options)
+    assert done.returncode != 0
+    assert "LostContactError: process 0 waited for the others in vain" in done.stderr
+    assert "parallel.timeout=60 seconds" in done.stderr.splitlines()[-2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_launcher_that_is_ended_leaves_no_orphans_and_a_checkpoint(config, tmp_path, launcher):
+    options = ["--config", config, *OVERRIDES, "train.steps=500", "checkpoint.every=0", f"run.folder={tmp_path}/run"]
+    (tmp_path / "reward.py").write_text(HANGS.format(seconds=0))
+    options += ["~rewards.mean", f"rewards.own.name={tmp_path}/reward.py:Hangs"]
+    if launcher == "torchrun":
+        command = [*TORCHRUN, 2, "--shutdown-timeout", 300, tiny_runs.SCRIPT]
+    else:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--cpu", "--num_processes", 1]
+        command += [tiny_runs.SCRIPT]
+    with subprocess.Popen([*map(str, [*command, *options])], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as run:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.is_file() and '"reward"' in metrics.read_text()):
+            assert run.poll() is None
+            time.sleep(1)
+        run.send_signal(signal.SIGTERM)
+        # The end of what the run says is the end of its last process: orphans hold on to it.
+        stderr = run.stderr.read()
+        assert run.wait() != 0
+    assert "training ended early by SIGTERM after step" in stderr
+    last = rows(tmp_path / "run")[-1]["step"]
+    assert last < 500
+    folder = RunFolder(tmp_path / "run")
+    assert folder.checkpoints.verify(last)
+    folder.expect_no_owner()

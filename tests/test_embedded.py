@@ -1,4 +1,4 @@
-"""The pipeline and the reward that come with the package: what their card says, measured again on fewer videos."""
+"""The pipeline and the rewards that come with the package: what their card says, measured again on fewer videos."""
 
 import json
 import random
@@ -34,6 +34,21 @@ def held_out_scenes(count: int) -> list[procedural.Scene]:
     return [procedural.random_scene(rng, held_out=True) for _ in range(count)]
 
 
+def rendered(scenes) -> list[torch.Tensor]:
+    return [procedural.render(scene, seed=10**8 + i).transpose(0, 1) for i, scene in enumerate(scenes)]
+
+
+def chosen(reward, video, captions) -> str:
+    """The caption with which a video `(F, 3, H, W)` scores highest."""
+    with torch.no_grad():
+        return captions[int(reward(video[None].expand(len(captions), -1, -1, -1, -1), captions).argmax())]
+
+
+def motions(scene) -> list[str]:
+    """The captions that differ from a scene's in nothing but the motion, and its own."""
+    return [replace(scene, motion=motion).caption for motion in procedural.MOTIONS]
+
+
 def right_captions(videos, scenes, choices: int = 32) -> float:
     """How often a video `(F, 3, H, W)` scores highest with its own caption."""
     reward = load_reward("clip_score", frames=4, frames_per_chunk=128)
@@ -41,9 +56,7 @@ def right_captions(videos, scenes, choices: int = 32) -> float:
     for video, scene in zip(videos, scenes, strict=True):
         others = {procedural.random_scene(rng, held_out=True).caption for _ in range(3 * choices)} - {scene.caption}
         captions = [scene.caption, *sorted(others)[: choices - 1]]
-        with torch.no_grad():
-            scores = reward(video[None].expand(choices, -1, -1, -1, -1), captions)
-        right += int(scores.argmax()) == 0
+        right += chosen(reward, video, captions) == scene.caption
     return right / len(videos)
 
 
@@ -93,8 +106,27 @@ def test_the_autoencoder_reconstructs_unseen_videos(pipe):
 
 def test_the_reward_knows_what_it_sees():
     scenes = held_out_scenes(40)
-    videos = [procedural.render(scene, seed=10**8 + i).transpose(0, 1) for i, scene in enumerate(scenes)]
-    assert right_captions(videos, scenes) >= 0.9
+    assert right_captions(rendered(scenes), scenes) >= 0.9
+
+
+def test_the_video_reward_tells_motions_apart():
+    reward, scenes = load_reward("video_text"), held_out_scenes(40)
+    right = [
+        chosen(reward, video, motions(scene)) == scene.caption
+        for video, scene in zip(rendered(scenes), scenes, strict=True)
+    ]
+    assert sum(right) / len(right) >= 0.9
+
+
+def test_the_video_reward_reads_frames_in_order():
+    """Played backwards, what grows shrinks; a still picture of it does neither."""
+    reward = load_reward("video_text")
+    growing = [replace(scene, motion="growing") for scene in held_out_scenes(8)]
+    for scene, video in zip(growing, rendered(growing), strict=True):
+        shrinking, still = (replace(scene, motion=word).caption for word in ("shrinking", "standing still"))
+        assert chosen(reward, video, motions(scene)) == scene.caption
+        assert chosen(reward, video.flip(0), motions(scene)) == shrinking
+        assert chosen(reward, video[-1:].expand_as(video), motions(scene)) == still
 
 
 def test_the_pipeline_makes_what_the_caption_says(pipe):

@@ -46,6 +46,8 @@ def test_bounds_are_relative_to_the_base_model(motion, sentence):
 def test_what_the_base_model_does_not_have_is_not_judged():
     guard = BoundsAndPatience({"motion": Bounds(0.8), "diversity": Bounds(0.8), "score": Bounds(0.8)}, on_breach="stop")
     base, now = measured(0, 5.0, 0.0, score=-3.0), measured(9, 6.0, 1.0, score=-9.0)
+    for measurement in (base, now):
+        measurement.witnesses["diversity"] = [0.2, 0.2, math.nan]  # of a prompt with one seed
     assert guard.judge(base, [], now) == Verdict()
 
 
@@ -90,7 +92,7 @@ def test_nothing_within_the_bounds_leaves_the_last():
     run = [BASE, measured(10, 6.0, 0.5), measured(20, 7.0, 0.4)]
     after, remark = exported(run, judged(BOTH, run), "best")
     assert after is run[2]
-    assert remark == "no measured step is within the bounds: lora/ holds the last, step 20"
+    assert remark == "no measured step is within the bounds and finite: lora/ holds the last, step 20"
 
 
 def test_a_score_that_is_not_finite_is_never_the_best():

@@ -124,6 +124,17 @@ def test_what_a_block_hands_on_is_without_its_graph():
     torch.testing.assert_close(found, [torch.full_like(x, 5)])
 
 
+def test_the_graph_of_a_block_ends_where_the_block_does():
+    x, cache = torch.randn(1, 2, 1, 3, 3, requires_grad=True), torch.randn(1, 2, 1, 3, 3)
+    before = x.exp()
+    graph = Graph(lambda hidden, cache: ((hidden[0] * cache,), None), (before,), cache)
+    found = graph.vjp([torch.ones_like(x)], [], [])
+    torch.testing.assert_close(found.hidden, [cache])
+    torch.testing.assert_close(found.cache, [before.detach()])
+    assert not cache.requires_grad
+    torch.testing.assert_close(gradient(before.sum(), x), x.exp())  # its graph is still there
+
+
 # --- rows ---
 
 
@@ -318,6 +329,7 @@ def test_memory_of_81_frames_of_wan(height, width, goal):
     assert host > device  # where the caches are
 
 
+@pytest.mark.slow
 def test_every_lever_saves_memory_at_the_real_size():
     levers = [
         Exact(checkpoint=False, memory_efficient_layers=False),

@@ -200,6 +200,10 @@ EMBEDDED = {
     "reward/open_clip_model.safetensors",
     "reward/tokenizer.json",
     "reward/tokenizer_config.json",
+    "video_reward/config.json",
+    "video_reward/model.safetensors",
+    "video_reward/tokenizer.json",
+    "video_reward/tokenizer_config.json",
 }
 
 

@@ -14,6 +14,7 @@ from chopgrad_rewards.optical_flow import OpticalFlow
 from chopgrad_rewards.temporal_consistency import TemporalConsistency, block_masks
 from chopgrad_rewards.video_clip import VideoClip
 from chopgrad_rewards.video_reward import VideoReward
+from chopgrad_rewards.video_text import VideoText
 from chopgrad_rewards.warp_consistency import WarpConsistency, occluded, warp
 from chopgrad_rewards.whole_video import Recomputed, ResizeAndCrop
 from tiny_rewards import assert_equal_within_rounding, video_of
@@ -39,6 +40,7 @@ def arguments(folder):
         "motion": flow,
         "warp_consistency": flow,
         "video_clip": {"checkpoint": str(folder / "xclip")},
+        "video_text": {"checkpoint": str(folder / "video_text")},
         "video_reward": {
             "fps": 4,
             "template": str(published / "prompt_template.py"),
@@ -48,9 +50,9 @@ def arguments(folder):
     }
 
 
-NAMES = ["action", "temporal_consistency", "motion", "warp_consistency", "video_clip", "video_reward"]
+NAMES = ["action", "temporal_consistency", "motion", "warp_consistency", "video_clip", "video_text", "video_reward"]
 FRAMES = dict.fromkeys(NAMES, 4) | dict.fromkeys(["motion", "warp_consistency"], 2)  # RAFT is not small
-READS_PROMPTS = ["action", "video_clip", "video_reward"]
+READS_PROMPTS = ["action", "video_clip", "video_text", "video_reward"]
 
 
 @pytest.fixture
@@ -699,6 +701,11 @@ def changed_settings(folder, target, section, key, value):
             r"frames=0: expected a whole number, 1",
         ),
         (lambda c, t: VideoClip(), r"video_clip: checkpoint='microsoft/xclip-base-patch32' cannot be loaded: "),
+        (
+            lambda c, t: VideoText(checkpoint="nowhere"),
+            r"video_text: checkpoint='nowhere' cannot be loaded: .*config.js",
+        ),
+        (lambda c, t: VideoText(checkpoint=str(c / "xclip")), r"video_text: checkpoint='.*xclip' cannot be loaded: "),
         (lambda c, t: Motion(weights="no.pth"), r"Motion: weights='no.pth' cannot be loaded: .*no.pth.*C_T_SKHT_V2"),
         (lambda c, t: Motion(weights=str(c / "raft_small.pth")), r"raft_small.pth holds other weights: "),
         (lambda c, t: Motion(model="huge"), r"Motion: model='huge': expected 'large' or 'small'"),

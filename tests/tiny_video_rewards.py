@@ -3,10 +3,11 @@
 import json
 
 import torch
+from safetensors.torch import save_file
 from tiny_rewards import reinitialise
 from torch import nn
 
-from chopgrad_align.data.tokenizer import word_tokenizer
+from chopgrad_align.data.tokenizer import text_tokenizer, word_tokenizer
 
 PROMPTS = ["a dog playing piano", "a man jogging in the park", "piano and drums"]
 LABELS = {0: "jogging", 1: "playing piano", 2: "Drums", 3: "playing piano and drums"}
@@ -46,12 +47,13 @@ CHAT = (
 
 def make_video_checkpoints(folder):
     """Fill a folder with `videomae/`, `vjepa/`, `vjepa_flat/` (an encoder without blocks), `raft_small.pth`, `xclip/`,
-    `qwen/` and `video_reward/` with its `prompt_template.py`."""
+    `video_text/`, `qwen/` and `video_reward/` with its `prompt_template.py`."""
     torch.manual_seed(0)
     _make_videomae(folder / "videomae")
     _make_vjepa(folder / "vjepa")
     _make_vjepa(folder / "vjepa_flat", num_hidden_layers=0, pred_num_mask_tokens=1)
     _make_xclip(folder / "xclip")
+    _make_video_text(folder / "video_text")
     (folder / "video_reward").mkdir()
     video_reward_official(folder)
     torch.save(smooth_raft("small").state_dict(), folder / "raft_small.pth")
@@ -121,6 +123,16 @@ def _make_xclip(folder):
     ).save_pretrained(folder)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
     word_tokenizer(vocabulary, "[BOS] $A [EOS]", model_max_length=12, **special).save_pretrained(folder)
+
+
+def _make_video_text(folder):
+    from chopgrad_rewards.video_text import VideoTextModel
+
+    tokenizer = text_tokenizer(PROMPTS)
+    config = {"size": 32, "widths": [8, 16], "points": 2, "width": 16, "vocabulary": len(tokenizer), "length": 8}
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(reinitialise(VideoTextModel(**config)).state_dict(), folder / "model.safetensors")
 
 
 def qwen_processor():

@@ -37,7 +37,6 @@ class _HeldOut:
     improved: int
     rows: list[tuple[str, str, float, float]]  # prompt, seed, before, after
     changes: list[Change]
-    remarks: list[str]
 
 
 def write_report(run: str | Path) -> Path:
@@ -45,7 +44,8 @@ def write_report(run: str | Path) -> Path:
 
     Read are `heldout.json` (`before`, `after`, and optionally `conditions` as `paired` takes them, `prompts`, `seeds`,
     what `changes` reads, and `remarks`), `curves.png`, `metrics.jsonl`, `samples/{before,after}/NNN.mp4` (and
-    `control`, `degraded`, `target`) with `samples/prompts.json`, `config.yaml` and `environment.json` (an object).
+    `control`, `degraded`, `target`) with `samples/prompts.json`, `config.yaml` and `environment.json` (an object, or a
+    list with one for each start of the run).
     Videos and pictures are embedded, so the page is a third larger than they are.
 
     Raises:
@@ -65,12 +65,20 @@ def write_report(run: str | Path) -> Path:
         curves=data_uri(curves.read_bytes(), "image/png") if (curves := run / "curves.png").is_file() else "",
         samples=_samples(run / "samples"),
         config=(run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else "",
-        versions=_read_json(run / "environment.json", dict) or {},
+        versions=_environment(run / "environment.json"),
     )
     return path
 
 
-def _read_json(path: Path, kind: type) -> Any:
+def _environment(path: Path) -> dict[str, str]:
+    """Names and values; of a value that differs between starts of the run, all in order."""
+    found = _read_json(path, dict | list) or []
+    starts = [start for start in (found if isinstance(found, list) else [found]) if isinstance(start, dict)]
+    each = {name: [str(start[name]) for start in starts if name in start] for start in starts for name in start}
+    return {name: " → ".join(dict.fromkeys(values)) for name, values in each.items()}
+
+
+def _read_json(path: Path, kind: Any) -> Any:
     """The file's content, None if there is none."""
     if not path.is_file():
         return None
@@ -79,7 +87,8 @@ def _read_json(path: Path, kind: type) -> Any:
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error}); correct or delete it") from error
     if not isinstance(content, kind):
-        raise UsageError(f"expected a JSON {kind.__name__} in {path}, got {content!r:.40}; correct or delete it")
+        expected = kind.__name__ if isinstance(kind, type) else kind
+        raise UsageError(f"expected a JSON {expected} in {path}, got {content!r:.40}; correct or delete it")
     return content
 
 
@@ -93,7 +102,7 @@ def _held_out(run: Path) -> _HeldOut | None:
     statistics = paired_where_finite(before, after, scores.get("conditions") or range(len(before)))
     improved = sum(b > a for a, b in zip(before, after, strict=True))
     rows = list(zip(prompts, map(str, seeds), before, after, strict=True))
-    return _HeldOut(statistics, improved, rows, changes(scores), scores.get("remarks", []))
+    return _HeldOut(statistics, improved, rows, changes(scores))
 
 
 def _summary(run: Path) -> list[tuple[str, str]]:

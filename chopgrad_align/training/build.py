@@ -89,7 +89,10 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
     if config.model.gradient_checkpointing:
         for name in TRAINED:
             if pipe.components.get(name) is not None:
-                pipe.components[name].enable_gradient_checkpointing()
+                denoiser = pipe.components[name]
+                if not getattr(denoiser, "_supports_gradient_checkpointing", False):
+                    raise UsageError(f"model.gradient_checkpointing: {type(denoiser).__name__} has none; leave it out")
+                denoiser.enable_gradient_checkpointing()
     return made
 
 

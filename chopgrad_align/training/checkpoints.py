@@ -119,7 +119,7 @@ class Checkpoints:
         """Remove the folder of a step, unless it holds files that are not ours."""
         path = self.path(step)
         if {file.name for file in path.iterdir()} <= {_MANIFEST, *self._manifest(step)["files"]}:
-            discarded = path.with_name(f".{path.name}.tmp")
+            discarded = path.with_name(f".{path.name}.old.tmp")
             shutil.rmtree(discarded, ignore_errors=True)
             os.replace(path, discarded)  # first, so that no half of it is ever taken for a checkpoint
             shutil.rmtree(discarded)

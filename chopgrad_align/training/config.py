@@ -121,7 +121,8 @@ class Run:
     """Where everything goes; must not hold a run already."""
     seed: Seed = 0
     threads: Positive | None = None
-    """Of each process on the CPU; default: its share of the cores. `accelerate launch` alone would leave it one."""
+    """Of each process on the CPU; default: OMP_NUM_THREADS, or its share of the cores. A 1 there counts as not set
+    under a launcher, since `accelerate launch` and torchrun set it to 1 themselves: write threads=1 if it is meant."""
 
 
 @_strict

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ _OTHER_BYTES = 100 * 2**20  # sample videos and report
 class RunFolder:
     """Paths and files of one run.
 
-    `config.yaml`, `metrics.jsonl`, `resumed.jsonl`, `heldout/`, `heldout.json`, `samples/`,
-    `checkpoints/step-NNNNNN/` and `checkpoints/best-NNNNNN/`, `lora/`, `curves.png`, `report.html`.
+    `config.yaml`, `environment.json`, `metrics.jsonl`, `resumed.jsonl`, `trace.json.gz`, `heldout/`, `heldout.json`,
+    `samples/`, `checkpoints/step-NNNNNN/` and `checkpoints/best-NNNNNN/`, `lora/`, `curves.png`, `report.html`.
 
     Attributes:
         checkpoints: From which a run goes on.
@@ -39,6 +39,8 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.resumed = self.path / "resumed.jsonl"
+        self.environment = self.path / "environment.json"
+        self.trace = self.path / "trace.json.gz"
         self.held_out = self.path / "heldout.json"
         self.measurements = self.path / "heldout"
         self.samples = self.path / "samples"
@@ -130,6 +132,15 @@ class RunFolder:
         with os_errors_as_usage_errors(self.path), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
+    def note_environment(self, environment: Mapping[str, str]) -> None:
+        """Add to `environment.json`, a list with an object for each start of the run."""
+        try:
+            starts = json.loads(self.environment.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            starts = []  # the first; what cannot be read is not worth a run
+        known = starts if isinstance(starts, list) else []
+        self.write(self.environment, json.dumps([*known, dict(environment)], indent=1))
+
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, and one that was cut off: a resumed run writes them again."""
         if self.metrics.is_file():
@@ -178,11 +189,11 @@ class RunFolder:
                 self.best.remove(step)
 
     def weights(self, step: int) -> Path | None:
-        """The folder with the weights of a step, if they are still there and whole."""
-        for kept in (self.best, self.checkpoints):
-            with suppress(Unusable):
-                return kept.verify(step)
-        return None
+        """The folder with the weights of a step that was the best, if it is still there and whole."""
+        try:
+            return self.best.verify(step)
+        except Unusable:
+            return None
 
     @contextmanager
     def exporting(self) -> Iterator[Path]:

@@ -83,8 +83,8 @@ class BoundsAndPatience(Guard):
         before, bounds = baseline.witnesses.get(name), self.bounds[name]
         if before is None:  # there was nothing to measure
             return ""
-        after = now.witnesses.get(name, [math.nan])
-        if any(map(math.isfinite, before)) and not all(map(math.isfinite, after)):
+        after = now.witnesses.get(name, [math.nan] * len(before))
+        if any(math.isfinite(b) and not math.isfinite(a) for b, a in zip(before, after, strict=True)):
             return f"{name} of some video is not finite at step {now.step}"
         change = paired_where_finite(before, after, now.conditions)
         if change is None or math.isnan(change.ratio) or change.ratio in bounds:
@@ -147,7 +147,7 @@ def exported(
         return last, ""
     found = best(measured, verdicts)
     if found is None:
-        return last, f"no measured step is within the bounds: lora/ holds the last, step {last.step}"
+        return last, f"no measured step is within the bounds and finite: lora/ holds the last, step {last.step}"
     if found is last:
         return last, ""
     return found, (

@@ -47,7 +47,7 @@ def add_lora(pipe: Any, config: LoraConfig) -> dict[str, Any]:
     if hasattr(pipe, "load_lora_weights") and (lost := set(denoisers).difference(pipe._lora_loadable_modules)):
         raise UsageError(f"{type(pipe).__name__}: diffusers could not load a LoRA of {', '.join(lost)} again")
     for name, denoiser in denoisers.items():
-        _check_targets(name, denoiser, config.target_modules)
+        _check_targets(name, denoiser, config)
         inject_adapter_in_model(config, denoiser, adapter_name="default")
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
@@ -69,23 +69,29 @@ def _measure_magnitudes(denoiser: nn.Module) -> None:
             magnitude.update_layer(base_layer=layer.get_base_layer(), scaling=layer.scaling[adapter], **factors)
 
 
-def _check_targets(name: str, denoiser: nn.Module, targets: str | set[str]) -> None:
-    """peft is content when one of several targets is there: a misspelt one would go unnoticed."""
-    linear = [path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+def _check_targets(name: str, denoiser: nn.Module, config: LoraConfig) -> None:
+    """Raise a UsageError for a target without a layer, since peft is content if one of several has one, or a rank that
+    no layer can have."""
+    linear = {path: module for path, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    targets = config.target_modules
     if isinstance(targets, str):
         patterns = {targets: targets}
     else:
-        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in sorted(targets)}
+        patterns = {target: rf"(.*\.)?{re.escape(target)}" for target in sorted(targets or ())}
     try:
-        unmatched = [t for t, pattern in patterns.items() if not any(re.fullmatch(pattern, path) for path in linear)]
+        matched = {t: [path for path in linear if re.fullmatch(pattern, path)] for t, pattern in patterns.items()}
     except re.error as error:
         raise UsageError(f"lora.targets: {targets!r} is not a regular expression ({error})") from error
-    if unmatched:
+    if unmatched := [t for t, paths in matched.items() if not paths]:
         names = sorted({re.sub(r".*\.(?=\D)", "", path) for path in linear})
         raise UsageError(
             f"lora.targets: {', '.join(map(repr, unmatched))} matches no linear layer of {name} "
             f"({type(denoiser).__name__}); these are called {', '.join(names)}"
         )
+    layers = [linear[path] for paths in matched.values() for path in paths]
+    full = max((min(layer.in_features, layer.out_features) for layer in layers), default=0)
+    if config.r > full:
+        raise UsageError(f"lora.rank={config.r}: the targets in {name} have full rank at {full}; choose less")
 
 
 def lora_parameters(denoisers: dict[str, nn.Module]) -> list[nn.Parameter]:

@@ -53,7 +53,7 @@ class Measurement:
         return {
             "step": self.step,
             "heldout/reward_mean": total.mean().item(),
-            "heldout/reward_stderr": total.std().item() / len(total) ** 0.5,
+            "heldout/reward_stderr": total.std().item() / len(total) ** 0.5 if len(total) > 1 else math.nan,
             **{f"heldout/{name}": _mean_of_numbers(values) for name, values in self.terms.items()},
             **{f"heldout/witness/{name}": _mean_of_numbers(values) for name, values in self.witnesses.items()},
         }

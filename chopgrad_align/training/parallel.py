@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ class Replicas:
     Args:
         trackers: Names of experiment trackers.
         folder: Where those keep their files.
-        threads: CPU threads of this process; default its share of the cores.
+        threads: CPU threads of this process; default `OMP_NUM_THREADS`, or else its share of the cores.
         timeout: Seconds that processes wait for each other.
     """
 
@@ -85,7 +86,7 @@ class Replicas:
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
         self.device, self.is_main = self._accelerator.device, self._accelerator.is_main_process
         if self.device.type == "cpu":
-            torch.set_num_threads(threads or _share_of_the_cores())
+            torch.set_num_threads(threads or _threads_of_the_environment() or _share_of_the_cores())
 
     def shares(self, batch_size: int, micro_batch: int) -> list[range]:
         """Places of the batch that this process works on, a micro-batch at a time.
@@ -169,17 +170,29 @@ class Replicas:
                 f"for longer than parallel.timeout={self._timeout:g} seconds"
             ) from error
 
-    def start_trackers(self) -> None:
-        """Open the experiment trackers."""
-        self._accelerator.init_trackers("chopgrad_align")
+    def start_trackers(self, name: str, config: Mapping[str, Any]) -> None:
+        """Open the experiment trackers, and tell them the run's name and its config by key."""
+        self._accelerator.init_trackers("chopgrad_align", dict(config), {"wandb": {"name": name}})
 
-    def track(self, row: dict[str, float]) -> None:
-        """Give a row of metrics to the experiment trackers."""
-        self._accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+    def track(self, row: Mapping[str, float | str], step: int) -> None:
+        """Give a row of metrics, or texts, to the experiment trackers."""
+        self._accelerator.log(dict(row), step=step)
+
+    @property
+    def trackers(self) -> list[GeneralTracker]:
+        """The experiment trackers that were opened; none on other processes than the main one."""
+        return self._accelerator.trackers if self.is_main else []
 
     def end(self) -> None:
         """Close the experiment trackers and the process group."""
         self._accelerator.end_training()
+
+
+def _threads_of_the_environment() -> int | None:
+    """`OMP_NUM_THREADS` as the user set it; None for the 1 that a launcher sets if the user said nothing."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return int(value) if value.isdecimal() and int(value) > launched else None
 
 
 def _share_of_the_cores() -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.profiler import record_function
 
 try:
     import resource
@@ -32,7 +33,8 @@ class Phases:
         self._mark()
         self._open.append(name)
         try:
-            yield
+            with record_function(name):  # for `--profile`
+                yield
         finally:
             self._mark()
             self._open.pop()

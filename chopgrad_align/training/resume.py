@@ -6,10 +6,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+from tqdm import tqdm
+
 from ..common.errors import UsageError
+from .checkpoints import read_state
 from .config import Config, interpolations, load_config
 from .fingerprints import fingerprints, leaves
 from .folder import RunFolder
+from .state import TrainState
+from .validation import Validation
 
 # Changes nothing that is computed, but for rounding.
 _FREE = (
@@ -39,17 +45,16 @@ def changed_settings(config: Config, folder: RunFolder) -> dict[str, Any]:
     Raises:
         UsageError: The config would have computed something else from the start.
     """
-    free = (
-        *_FREE,
-        *["train.micro_batch"] * (not draws_by_micro_batch(config)),
-        *["train.steps"]
-        * (not config.train.schedule_reads_steps),  # with which the learning rate of every step changes
-    )
+    free = [*_FREE]
+    if not draws_by_micro_batch(config):
+        free.append("train.micro_batch")
+    if not config.train.schedule_reads_steps:  # by which the learning rate of every step would change
+        free.append("train.steps")
     saved, asked = (dict(leaves(each)) for each in (load_config(folder.config), config))
     found = {}
     for key in {**asked, **saved}:
         one, other = (repr(each[key]) if key in each else "nothing" for each in (saved, asked))
-        if one == other or key.startswith(free):
+        if one == other or key.startswith(tuple(free)):
             continue
         if key not in _REMEDIES:
             values = "" if key in _secrets(config) else f": it has {one}, not {other}"
@@ -103,3 +108,47 @@ def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[st
 
 def _secrets(config: Config) -> set[str]:
     return {".".join(map(str, path)) for path in interpolations(config)}
+
+
+def take_up(config: Config, state: TrainState, validation: Validation, inputs: Mapping[str, str]) -> int | None:
+    """Load the last whole checkpoint, with what the config changes; none is the run's beginning.
+
+    Args:
+        config: Of this part of the run.
+        state: Gets the checkpoint's content.
+        validation: Gets the measurements until then.
+        inputs: Fingerprints of what is read now.
+
+    Returns:
+        The step of the checkpoint.
+    """
+    folder, parallel = validation.folder, validation.parallel
+    step, changed = parallel.on_main(lambda: _last_checkpoint(config, folder, state.state_dict()["weights"], inputs))
+    if step is not None:
+        state.load_state_dict(read_state(folder.checkpoints.path(step)))
+        validation.restore(step)
+    if changed:
+        state.progress.skipped_in_a_row = 0
+        state.change_learning_rate(config.train.learning_rate)
+    if parallel.is_main:
+        rows = -1 if step is None else step
+        folder.rewind(rows)
+        validation.history.rewind(rows)
+    return step
+
+
+def _last_checkpoint(
+    config: Config, folder: RunFolder, weights: Mapping[str, Tensor], inputs: Mapping[str, str]
+) -> tuple[int | None, dict[str, Any]]:
+    """The step of the last whole checkpoint, and what settings change; later checkpoints are named."""
+    step, left_out = folder.checkpoints.newest(weights)
+    for sentence in left_out:
+        tqdm.write(f"{sentence}; going on from step {step or 0}")
+    if step is None:
+        if folder.last_row() > 0:
+            raise UsageError(f"--resume: no checkpoint in {folder.path} is whole; start again in another run.folder=…")
+        return None, {}
+    changed, before = changed_settings(config, folder), folder.checkpoints.facts(step).get("inputs", {})
+    if noted := changed | dict.fromkeys(changed_inputs(before, inputs), "another content"):
+        folder.note_resume(step, noted)
+    return step, changed

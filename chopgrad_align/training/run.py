@@ -5,23 +5,34 @@ from __future__ import annotations
 import importlib.util
 from contextlib import ExitStack
 
+from ..common.arguments import whole_number
 from ..common.errors import UsageError
+from ..data.cache import Cache
 from ..evaluation.heldout import Paired
 from ..evaluation.witnesses import check_witnesses
+from ..sampling.predictions.columns import arguments
 from .build import load_models, make_guard, make_method, make_state, make_witnesses
-from .config import Config
+from .config import Config, header, to_yaml
 from .data import Data, read_data
+from .encoded_prompts import encode_prompts
+from .environment import environment
+from .fingerprints import fingerprints
 from .folder import RunFolder
 from .history import History
 from .models import check_model
+from .observers import Observers
+from .outcome import Outcome
 from .parallel import Replicas, check_launch, launched_as_main
 from .phases import Phases
-from .resume import expect_same_inputs, expect_same_run
+from .resume import expect_same_inputs, expect_same_run, take_up
 from .stopping import StopRequests
 from .trainer import Trainer
+from .validation import Validation
 
 
-def train(config: Config, resume: bool = False, dry_run: bool = False, allow_changed: bool = False) -> Paired | None:
+def train(
+    config: Config, resume: bool = False, dry_run: bool = False, allow_changed: bool = False, profile: int = 0
+) -> Paired | None:
     """Train, measure, save and report; the main process returns the held-out comparison of before and after.
 
     Args:
@@ -30,6 +41,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, allow_cha
             run that is complete nothing is done, and None returned.
         dry_run: Stop before sampling, and write nothing.
         allow_changed: Resume though files have changed that the run reads.
+        profile: Steps, after the first, of which a trace is written into the run folder.
 
     Raises:
         UsageError: Anything about the config that can be known before long work; a reward that breaks its contract;
@@ -37,6 +49,7 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, allow_cha
         Interrupted: SIGINT, SIGTERM or SIGUSR1 came, and everything is saved and reported.
     """
     folder = RunFolder(config.run.folder)
+    whole_number("profile", profile, at_least=0)
     check_launch()
     folder.check(resume)
     if launched_as_main():
@@ -48,14 +61,14 @@ def train(config: Config, resume: bool = False, dry_run: bool = False, allow_cha
                 print(f"{folder.path} is complete, with {config.train.steps} steps: there is nothing to do")
             return None
         expect_same_inputs(config, folder, allow_changed)
-    trainer = build(config, check_files(config))
+    trainer = build(config, check_files(config), profile)
     if trainer.parallel.is_main:
         print(trainer)
     if dry_run:
         return None
     with ExitStack() as until_the_end:
         trainer.parallel.on_main(lambda: until_the_end.enter_context(trainer.folder.owned(resume)))
-        trainer.prepare(resume)
+        prepare(trainer, resume)
         return trainer.run()
 
 
@@ -72,7 +85,7 @@ def check_files(config: Config) -> Data:
     return read_data(config)
 
 
-def build(config: Config, data: Data) -> Trainer:
+def build(config: Config, data: Data, profile: int = 0) -> Trainer:
     """Load everything that a run needs.
 
     Raises:
@@ -97,20 +110,53 @@ def build(config: Config, data: Data) -> Trainer:
     # Weights and two moments in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
-    phases = Phases(parallel.device)
+    phases, requests = Phases(parallel.device), StopRequests(say=parallel.is_main)
+    method, state = make_method(config, models, phases), make_state(config, models.trainable)
+    validation = Validation(
+        method=method,
+        data=data,
+        batches=batches,
+        settings=config.validation,
+        fps=config.model.fps,
+        witnesses=witnesses,
+        guard=make_guard(config.guard, witnesses),
+        parallel=parallel,
+        folder=folder,
+        requests=requests,
+        history=History(folder.measurements),
+    )
     return Trainer(
         config=config,
-        data=data,
-        pipe=models.pipe,
         parallel=parallel,
         shares=shares,
         batches=batches,
-        method=make_method(config, models, phases),
-        witnesses=witnesses,
-        guard=make_guard(config.guard, witnesses),
-        state=make_state(config, models.trainable),
-        history=History(folder.measurements),
+        method=method,
+        state=state,
+        validation=validation,
+        outcome=Outcome(state, validation, folder, config.checkpoint.export),
         folder=folder,
         phases=phases,
-        requests=StopRequests(say=parallel.is_main),
+        requests=requests,
+        observers=Observers(config, folder, parallel),
+        profile=profile,
     )
+
+
+def prepare(trainer: Trainer, resume: bool) -> None:
+    """Encode prompts, move the pipeline to its device, and take up where the last checkpoint was."""
+    config, parallel, method, batches = trainer.config, trainer.parallel, trainer.method, trainer.batches
+    if config.model.encode_prompts_once:
+        # The rest of the pipeline waits on the CPU.
+        pair = batches.held_out(range(1))
+        inputs = {**method.call, **pair.inputs, **arguments(method.prediction.columns, pair.videos)}
+        texts = batches.texts(config.train.steps)
+        encode_prompts(method.pipe, inputs, texts, Cache(config.data.cache), parallel.device)
+    method.pipe.to(parallel.device)
+    trainer.inputs = parallel.on_main(lambda: fingerprints(config))
+    if resume:
+        trainer.saved = take_up(config, trainer.state, trainer.validation, trainer.inputs)
+    if parallel.is_main:
+        trainer.folder.checkpoints.clean()
+        trainer.folder.write(trainer.folder.config, header(config) + to_yaml(config))
+        trainer.folder.note_environment(environment(parallel.device, parallel.world))
+    trainer.observers.open()

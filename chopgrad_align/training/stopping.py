@@ -9,6 +9,9 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from ..common.errors import Interrupted
+from .parallel import Replicas
+
 _SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__]
 # What `accelerate launch` and torchrun set for the processes that they start.
 _LAUNCHED = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
@@ -47,6 +50,11 @@ class StopRequests:
         if not self._number and self._launcher not in (None, os.getppid()):
             self._number = signal.SIGTERM
         return self._number
+
+    def stop_if_any(self, parallel: Replicas) -> None:
+        """Raise Interrupted if any process was asked to stop; all of them do then, at the same place."""
+        if number := parallel.greatest(self.number()):
+            raise Interrupted(number)
 
     def wait(self, seconds: float) -> int:
         """The number, waited for so long while there is none."""

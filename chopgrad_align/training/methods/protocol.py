@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...objective.objective import Objective
 from ...objective.statistics import Statistics
-from ...sampling.predictions.protocol import Videos
+from ...sampling.predictions.protocol import Prediction, Videos
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,21 @@ class MicroBatch:
 
 class Method(Protocol):
     """A way to train; holds the pipeline and the objective, and nothing that changes from step to step."""
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        ...
+
+    @property
+    def call(self) -> Mapping[str, Any]:
+        """Arguments of the pipeline's call that are the same for all videos."""
+        ...
+
+    @property
+    def prediction(self) -> Prediction:
+        """The way in which the pipeline's call predicts a video."""
+        ...
 
     @property
     def objective(self) -> Objective:
