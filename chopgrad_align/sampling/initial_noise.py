@@ -7,6 +7,7 @@ that function is replaced there, so that shapes, scaling, and what else the meth
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,11 +63,12 @@ def starting_from(pipe: Any, make: Noise, frame_axis: int) -> Iterator[None]:
         UsageError: The pipeline draws its noise in another way, or `make` returns another shape.
     """
     method = inspect.unwrap(getattr(type(pipe), "prepare_latents", lambda: None))
-    if _DRAW not in method.__globals__:
+    module = sys.modules[method.__module__]
+    if not hasattr(module, _DRAW):
         raise UsageError(f"model.noise: it is not known how {type(pipe).__name__} draws its noise; leave it out")
 
     def prepare_latents(original: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        draw, drawn = method.__globals__[_DRAW], False
+        draw, drawn = getattr(module, _DRAW), False
 
         def draw_and_make(*args: Any, **kwargs: Any) -> Tensor:
             nonlocal drawn
@@ -76,7 +78,7 @@ def starting_from(pipe: Any, make: Noise, frame_axis: int) -> Iterator[None]:
                 raise UsageError(f"model.noise: expected a shape of {tuple(noise.shape)}, got {tuple(made.shape)}")
             return made.to(noise)
 
-        with mock.patch.dict(method.__globals__, {_DRAW: draw_and_make}):
+        with mock.patch.object(module, _DRAW, draw_and_make):
             prepared = original(pipe, *args, **kwargs)
         if not drawn:
             raise UsageError(f"model.noise: this call of {type(pipe).__name__} draws no initial noise; leave it out")
