@@ -18,6 +18,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,8 @@ def generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from chopgrad_align.data.video import write_video
+    from chopgrad_align.sampling.initial_noise import starting_from
+    from chopgrad_align.sampling.predictions.latents import frame_axis
     from chopgrad_align.training.batches import call_inputs
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,6 +127,7 @@ def generate(args: argparse.Namespace) -> None:
     if lora:
         load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale)
     call = _call_arguments(pipe, defaults, args)
+    noise = config.model.initial_noise() if config else None
     for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
         pipe.set_progress_bar_config(desc=path.stem, leave=False)
         told = config.data.captions().told(condition.prompt) if config else condition.prompt
@@ -133,7 +137,8 @@ def generate(args: argparse.Namespace) -> None:
         if condition.image:
             inputs["image"] = load_image(str(condition.image))
         try:
-            video = pipe(**{**call, **inputs}, output_type="pt").frames[0]
+            with nullcontext() if noise is None else starting_from(pipe, noise, frame_axis(pipe)):
+                video = pipe(**{**call, **inputs}, output_type="pt").frames[0]
         except (ValueError, TypeError) as error:  # diffusers checks a call's arguments, and only those, with these
             raise UsageError(f"{type(pipe).__name__} refuses the call: {error}") from error
         write_video(path, video, fps if args.fps is None else args.fps)

@@ -315,7 +315,7 @@ def test_start_from_a_lora_of_another_kind(folder, settings, message):
 
 def test_a_run_starts_from_a_lora(folder, tmp_path):
     options = [f"lora.start_from={folder}/lora", "lora.rank=2", "lora.alpha=1"]
-    train(tiny_runs.config(tmp_path, folder / "wan", *options, "checkpoint.every=1"))
+    train(tiny_runs.config(tmp_path, folder / "wan", *options, "checkpoint.every=1", "checkpoint.keep=3"))
     first = tiny_runs.lora(tmp_path / "run", 0)
     expected = read_lora(folder / "lora", lora_config(2, 1.0, tiny_pipelines.TARGETS, 0.0))
     assert all(torch.equal(first[name], value) for name, value in expected.items())

@@ -142,7 +142,7 @@ def make_method(
         "backprop": config.gradient.policy(),
         "batch_size": config.train.batch_size,
         "phases": phases,
-        "prediction": config.prediction.policy(clip_encoder(config)),
+        "prediction": config.prediction.policy(clip_encoder(config), config.model.initial_noise()),
         "base": models.trainable.base,
     }
     return DirectGradient(**{**settings, **changes})

@@ -15,6 +15,7 @@ from ..common.loading import construct, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
 from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..sampling import predictions as prediction
+from ..sampling.initial_noise import Noise
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
 from .captions import Captions
@@ -22,6 +23,7 @@ from .config_values import (
     Batch,
     Bound,
     Caption,
+    Dtype,
     EachOnce,
     Finite,
     Fraction,
@@ -67,6 +69,18 @@ class Run:
 
 
 @_strict
+class Named:
+    """A class by its name, and its arguments."""
+
+    name: Name
+    """A published name, package.module:Class, or path/to/file.py:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+_NOISES = {"offset": "chopgrad_align.sampling.initial_noise:OffsetNoise"}
+
+
+@_strict
 class FusedLora:
     name: Name
     """Folder, file or hub id."""
@@ -81,9 +95,9 @@ class FusedLora:
 class Model:
     name: Name
     """Folder or hub id of a diffusers pipeline."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Of the frozen weights; the LoRA is always float32."""
-    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    vae_dtype: Dtype = "float32"
     variant: Name | None = None
     """Of the weight files, such as fp16."""
     loras: dict[TermName, FusedLora] = field(default_factory=dict)
@@ -92,12 +106,27 @@ class Model:
     """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone."""
     call: dict[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call: height, width, num_frames, num_inference_steps, guidance_scale, …"""
+    noise: Named | None = None
+    """What the sampler starts from: offset, with args.scale, or a class of your own that is a `Noise`, see
+    chopgrad_align/sampling/initial_noise.py. Default: the pipeline's standard normal noise."""
     gradient_checkpointing: bool = False
     """Recompute every block of the denoiser too, not only each call of it."""
     encode_prompts_once: bool = True
     """Before training; the text encoders then leave the device. False: in every call of the pipeline."""
     fps: FramesPerSecond = 8.0
     """Of the sample videos."""
+
+    def initial_noise(self) -> Noise | None:
+        """What the sampler starts from; None for the pipeline's own."""
+        if self.noise is None:
+            return None
+        name = self.noise.name
+        if ":" not in name and name not in _NOISES:
+            raise unknown_name("noise", name, _NOISES)
+        made = construct("noise", name, _NOISES.get(name, name), self.noise.args)
+        if not isinstance(made, Noise):
+            raise UsageError(f"model.noise.name: {name} made a {type(made).__name__}, which cannot be called")
+        return made
 
 
 @_strict
@@ -280,22 +309,13 @@ class Prediction:
         read = {f"columns.{argument}": role for argument, role in self.columns.items()}
         return read | {"source": self.source} if self.mode == "one_step" else read
 
-    def policy(self, encoder: Encoder = Encoder()) -> prediction.Prediction:  # noqa: B008 (frozen)
+    def policy(self, encoder: Encoder = Encoder(), noise: Noise | None = None) -> prediction.Prediction:  # noqa: B008 (frozen)
         match self.mode:
             case "one_step":
                 return prediction.OneStep(self.time, self.source, self.columns, encoder)
             case "denoise":
                 return prediction.Denoise(self.times, self.columns, encoder)
-        return prediction.Sample(self.columns)
-
-
-@_strict
-class Named:
-    """A class by its name, and its arguments."""
-
-    name: Name
-    """A published name, package.module:Class, or path/to/file.py:Class."""
-    args: dict[str, Any] = field(default_factory=dict)
+        return prediction.Sample(self.columns, noise)
 
 
 _STEP_POLICIES = {
@@ -498,6 +518,8 @@ class Config:
                     f"rewards.{name}.weight=0 has no effect; to watch its score, leave it out and add "
                     f"witnesses.{name}.name={reward.name}"
                 )
+        if self.prediction.mode != "sample" and self.model.noise is not None:
+            raise ValueError("model.noise has no effect: it is of the sampler, prediction.mode=sample")
         if self.prediction.mode != "sample" and (self.gradient.last_steps or self.gradient.steps):
             raise ValueError(
                 "gradient.last_steps and gradient.steps have no effect with "

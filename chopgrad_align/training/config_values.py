@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -37,6 +37,14 @@ def _targets(value: object) -> object:
     return value
 
 
+def _no_float16(value: object) -> object:
+    if value == "float16":
+        raise ValueError(
+            "gradients of activations fall below the range of float16, and losses are not scaled: use bfloat16"
+        )
+    return value
+
+
 def _bound(value: object) -> object:
     each = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
     if value is not None and not all(isinstance(v, int | float) and not isinstance(v, bool) for v in each):
@@ -68,3 +76,4 @@ TermName = Annotated[str, AfterValidator(_term_name)]
 """Of a reward or a loss, in keys of metrics and in columns of prompt files."""
 Targets = Annotated[list[str] | str, BeforeValidator(_targets)]
 EachOnce = AfterValidator(_each_once)
+Dtype = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_no_float16)]

@@ -59,7 +59,7 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
     Raises:
         UsageError: Files that are not there or do not fit the pipeline, or a prediction from the target.
     """
-    prediction, call = config.prediction.policy(), dict(config.model.call)
+    prediction, call = config.prediction.policy(noise=config.model.initial_noise()), dict(config.model.call)
     if isinstance(prediction, Denoise):
         raise UsageError(
             "prediction.mode=denoise starts from the target, and would be given what it is to find; add "

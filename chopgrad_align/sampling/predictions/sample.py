@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...common.errors import UsageError
 from ...objective.terms import Reference
+from ..initial_noise import Noise, starting_from
 from .columns import arguments
 from .latents import continued, encode, frame_axis
 from .probability_paths import RectifiedFlow, path_of
@@ -24,9 +25,11 @@ class Sample:
 
     Args:
         columns: Arguments of the pipeline's call, each with its role of the data; see `arguments`.
+        noise: What to start from instead of the pipeline's noise.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
+    noise: Noise | None = None
 
     @contextmanager
     def prepare(
@@ -37,7 +40,8 @@ class Sample:
         inputs = arguments(self.columns, videos)
         if "context" in videos:
             inputs["callback_on_step_end"] = _replacing(pipe, encode(pipe, videos["context"]), seeds)
-        yield PreparedCall(inputs, lambda: reference)
+        with nullcontext() if self.noise is None else starting_from(pipe, self.noise, frame_axis(pipe)):
+            yield PreparedCall(inputs, lambda: reference)
 
 
 def _replacing(pipe: Any, known: Tensor, seeds: Sequence[int]) -> Any:
