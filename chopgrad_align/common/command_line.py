@@ -1,4 +1,4 @@
-"""What the scripts' command lines share."""
+"""Shared parts of the scripts' command lines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def name(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """As `name`, a path."""
+    """A path, checked as `name`."""
     return Path(name(text))
 
 

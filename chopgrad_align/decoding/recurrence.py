@@ -76,7 +76,7 @@ class Recurrence:
         caches: Caches,
         place: Place = Device(),  # noqa: B008 (without state)
     ) -> tuple[Hidden, Caches]:
-        """One decoder call: the output of group number `index`, and the caches after it."""
+        """Call the decoder once: the output of group number `index`, and the caches after it."""
         blocks = self.blocks(index)
         caches = caches or [None] * len(blocks)
         hidden: Hidden = (latents,)

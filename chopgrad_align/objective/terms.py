@@ -22,7 +22,7 @@ from .statistics import Statistics
 
 @dataclass(frozen=True)
 class Reference:
-    """What a prediction is compared with; each part is there if the prediction has it.
+    """The reference that a prediction is compared with; each part is there if the prediction has it.
 
     Attributes:
         target: The video that it should be, `(B, F, 3, H, W)` in [0, 1].
@@ -40,7 +40,7 @@ class Reference:
 
 
 class Term(ABC):
-    """One part of the objective, which is the sum of the terms' values.
+    """A part of the objective, which is the sum of the terms' values.
 
     A subclass of your own needs `score`; the rest are answers that it may give differently.
 
@@ -86,7 +86,7 @@ class Term(ABC):
         """Differentiable scores `(B,)` in the term's own unit; see `Objective.scores`."""
 
     def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """What scores `(B,)` add to the objective, in float32 or more; statistics belong to a normalized term."""
+        """The value that scores `(B,)` add to the objective, in float32 or more; statistics belong to a normalized term."""
         sign = 1 if self.kind == "reward" else -1
         return sign * self.weight * score.to(torch.promote_types(score.dtype, torch.float32))
 
@@ -97,7 +97,7 @@ class Term(ABC):
 
 @dataclass(frozen=True)
 class RewardTerm(Term):
-    """One reward, and how much of it is wanted.
+    """A reward, and how much of it is wanted.
 
     Args:
         reward: Scores videos.
@@ -128,7 +128,7 @@ class RewardTerm(Term):
         return self.reward if isinstance(self.reward, nn.Module) else None
 
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
-        """As `Term.frames_read`."""
+        """See `Term.frames_read`."""
         return frames_read(self.reward, total, seeds)
 
     def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
@@ -136,7 +136,7 @@ class RewardTerm(Term):
         return score(self.reward, video, prompts, seeds)
 
     def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """As `Term.value`, of the score with its cap, target and normalization."""
+        """See `Term.value`: of the score with its cap, target and normalization."""
         value = score.to(torch.promote_types(score.dtype, torch.float32))
         if self.target is not None:
             value = -(value - self.target).abs()
@@ -178,7 +178,7 @@ class LossTerm(Term):
         return self.loss if isinstance(self.loss, FrameLoss) and isinstance(self.loss.frames, All) else None
 
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
-        """As `Term.frames_read`."""
+        """See `Term.frames_read`."""
         return frames_compared(self.loss, total, seeds)
 
     def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
@@ -204,7 +204,7 @@ class LatentTerm(Term):
 
     @property
     def reads_latents(self) -> bool:
-        """Whether it compares latents."""
+        """True if it compares latents."""
         return self.of == "latents"
 
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:

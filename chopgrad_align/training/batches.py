@@ -29,7 +29,7 @@ def held_out_seed(place: int) -> int:
 
 
 class Batches(Protocol):
-    """What the trainer reads. Everything is a function of the seed, the step and the place in the batch."""
+    """The micro-batches that the trainer reads. Everything is a function of the seed, the step and the place in the batch."""
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         """Some places of the batch of a step; on the CPU, so that any thread can read it."""
@@ -44,7 +44,7 @@ class Batches(Protocol):
         ...
 
     def texts(self, steps: int) -> list[Text]:
-        """What the pipeline's call is told in their place; each once."""
+        """Texts that the pipeline's call is told in their place; each once."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a run computes with, from its config; the same for the trainer and for the planner."""
+"""The parts that a run computes with, made from its config; the same for the trainer and for the planner."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load_models(
 
 
 def make_trainable(config: Config, pipe: Any) -> Trainable:
-    """What a config trains of a pipeline, which is frozen otherwise.
+    """Make what a config trains of a pipeline, which is frozen otherwise.
 
     Raises:
         UsageError: A class that cannot be loaded or is no `Trainable`, or layers that are not there.

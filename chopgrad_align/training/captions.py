@@ -1,4 +1,4 @@
-"""What the model is told of a prompt; rewards are told the prompt itself."""
+"""Captions: the texts that the model is told for a prompt; rewards are told the prompt itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Captions:
         return f"{self.trigger} {prompt}" if self.trigger else prompt
 
     def drawn(self, prompt: str, *numbers: int) -> str:
-        """What is told in training; the numbers seed the draw."""
+        """The caption in training; the numbers seed the draw."""
         if self.dropout == 0:
             return self.told(prompt)
         draw = torch.rand((), generator=torch.Generator().manual_seed(mix(*numbers, 4))).item()

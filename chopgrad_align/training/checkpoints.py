@@ -73,7 +73,7 @@ class Checkpoints:
         flush_to_disk([self.folder])
 
     def facts(self, step: int) -> dict[str, Any]:
-        """What was given to `writing`."""
+        """The facts that were given to `writing`."""
         return self._manifest(step)["facts"]
 
     def verify(self, step: int) -> Path:

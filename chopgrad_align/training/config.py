@@ -117,7 +117,7 @@ class Model:
     """Of the sample videos."""
 
     def initial_noise(self) -> Noise | None:
-        """What the sampler starts from; None for the pipeline's own."""
+        """The noise that the sampler starts from; None for the pipeline's own."""
         if self.noise is None:
             return None
         name = self.noise.name
@@ -153,7 +153,7 @@ class Lora:
 
 @_strict
 class Clips:
-    """Says that the data are clips; without it they are prompts."""
+    """Settings of clips; without them the data are prompts."""
 
     columns: dict[Name, Name] = field(default_factory=dict)
     """Which column of the metadata holds what: target, caption, and any of degraded, mask, control, image. Default:
@@ -429,7 +429,7 @@ class Train:
 
     @property
     def schedule_reads_steps(self) -> bool:
-        """Whether the learning rate of a step depends on how many there will be."""
+        """True if the learning rate of a step depends on how many there will be."""
         return (
             self.schedule is not None
             and self.schedule.name not in ("constant", "constant_with_warmup", "inverse_sqrt")

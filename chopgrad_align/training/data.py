@@ -31,11 +31,11 @@ class Data(Protocol):
         ...
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> Batches:
-        """What the trainer reads."""
+        """Micro-batches that the trainer reads."""
         ...
 
     def conditions(self, pairs: int, seeds: int) -> list[int]:
-        """What each held-out pair is of: equal for pairs of one prompt and image, or of one file of clips.
+        """A number for the condition of each held-out pair: equal for pairs of one prompt and image, or of one file of clips.
 
         Args:
             pairs: How many there are.
@@ -171,7 +171,7 @@ def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
 
 
 def _targets(name: str, split: str, rows: Sequence[Row]) -> list[Any]:
-    """What tells the target of a row from others: its file, or its place in a data set."""
+    """An identity for the target of each row: its file, or its place in a data set."""
     from ..data.table import is_one_split
 
     part = "" if is_one_split(name) else split
@@ -203,7 +203,7 @@ def held_out_clips(config: Config) -> Clips:
 
 
 def clip_encoder(config: Config) -> Encoder:
-    """What encodes clips; it keeps those that come again, if the config has a folder for them."""
+    """The encoder of clips; it keeps those that come again, if the config has a folder for them."""
     clips = config.data.clips
     if config.data.cache is None or clips is None or clips.starts is None or clips.crop != "center":
         return Encoder()

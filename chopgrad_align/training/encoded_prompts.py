@@ -128,7 +128,7 @@ class _EncodedPrompts:
         return self._row(arguments)
 
     def _row(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
-        """What one prompt becomes, by its place in what is returned; an empty tensor stands for None."""
+        """The embeddings of a prompt, by their place in what is returned; an empty tensor stands for None."""
         if (key := _json(arguments)) not in self._known:
             raise _NotEncoded(arguments)
         return self._cache.get(key, self._settings, lambda: self._computed(arguments))

@@ -1,4 +1,4 @@
-"""Where and with what a run was computed."""
+"""The environment that a run was computed in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("chopgrad-align", "torch", "diffusers", "transformers", "peft", "ac
 
 
 def environment(device: torch.device, processes: int) -> dict[str, str]:
-    """What tells one start of a run from another, by name: the time, the command, the machine and the versions.
+    """Facts that tell one start of a run from another, by name: the time, the command, the machine and the versions.
 
     The commit is that of the repository that this package is installed from, if it is one.
     """

@@ -108,7 +108,7 @@ class RunFolder:
             lock.release()
 
     def is_complete(self, steps: int) -> bool:
-        """Whether a run of so many steps has left everything that it leaves."""
+        """True if a run of so many steps has left everything that it leaves."""
         try:
             measured = json.loads(self.held_out.read_text(encoding="utf-8"))["steps"]
             last = measured.get("last", measured["after"])

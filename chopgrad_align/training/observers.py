@@ -1,4 +1,4 @@
-"""What watches a run without a say in it: the metrics file, the trackers, the progress bar."""
+"""Observers of a run, which have no say in it: the metrics file, the trackers, the progress bar."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def at_average(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def has_average(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `at_average` changes the weights."""
+    """True if `at_average` changes the weights."""
     return hasattr(optimizer, "eval")
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the exported weights and the report, whether it came to its end or not."""
+"""The results of a run: the exported weights and the report, whether it came to its end or not."""
 
 from __future__ import annotations
 

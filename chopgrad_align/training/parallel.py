@@ -51,7 +51,7 @@ def check_launch() -> None:
 
 
 def launched_as_main() -> bool:
-    """Whether this is the main process, as its launcher says before the processes know each other."""
+    """True on the main process, as its launcher says before the processes know each other."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -110,7 +110,7 @@ class Replicas:
             return self._accelerator.gather(rows).cpu()
 
     def gather_objects(self, thing: Any) -> list[Any]:
-        """One thing of each process, in the order of ranks."""
+        """Gather a thing from each process, in the order of ranks."""
         with self._others():
             return gather_object([thing])
 
@@ -142,7 +142,7 @@ class Replicas:
         return int(self.gather(torch.tensor([number], device=self.device)).max())
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What a function returns on the main process, the only one that calls it; its UsageError is raised by all."""
+        """The result of a function on the main process, the only one that calls it; its UsageError is raised by all."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:

@@ -45,7 +45,7 @@ class HeldOutClips:
 
 
 def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Callable[[Clip], Tensor]]:
-    """What each LoRA makes of a clip, on one pipeline that is loaded once.
+    """A predictor of clips for each LoRA, on one pipeline that is loaded once.
 
     Args:
         config: Its model and prediction are used, and the captions of its data.

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Prefetched(Iterator[T]):
-    """What a function returns for each of some arguments, in order; iterated over within its context.
+    """Results of a function for each of some arguments, in order; iterated over within its context.
 
     One thread makes the next result while the caller is busy with the last, and is gone when the context is left. What
     the function raises is raised where that result is asked for.

@@ -1,4 +1,4 @@
-"""What a resumed run may have another of, and what it must find as it was."""
+"""Resuming a run: what may have changed, what must be as it was, and the checkpoint that is taken up."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REMEDIES = ("train.learning_rate", "train.max_grad_norm")
 
 
 def draws_by_micro_batch(config: Config) -> bool:
-    """Whether what is drawn at random depends on the size of micro-batches, and so on the number of processes.
+    """True if what is drawn at random depends on the size of micro-batches, and so on the number of processes.
 
     The masks of a LoRA's dropout are drawn for a micro-batch at a time. So is the time of `prediction.mode=denoise`:
     the denoiser is told one in each call.
@@ -38,7 +38,7 @@ def draws_by_micro_batch(config: Config) -> bool:
 
 
 def changed_settings(config: Config, folder: RunFolder) -> dict[str, Any]:
-    """What a resumed run computes with from now on, old and new value by key.
+    """Settings that a resumed run computes with from now on, old and new value by key.
 
     What saves memory in `gradient` and `model` changes gradients within rounding only: with other settings than before,
     the run is that of before to a tolerance, and not to the bit.

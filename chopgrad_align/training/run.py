@@ -1,4 +1,4 @@
-"""One run of the trainer: check, build, train."""
+"""A run of the trainer: check, build, train."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """What changes while a run trains.
+    """The state that changes while a run trains.
 
     Attributes:
         trainable: Holds the trained weights.

@@ -1,4 +1,4 @@
-"""What is trained: its weights, how they are kept, and how a user gets them."""
+"""Trainables: the weights that are trained, how they are kept, and how a user gets them."""
 
 from __future__ import annotations
 

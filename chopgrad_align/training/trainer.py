@@ -39,7 +39,7 @@ class LostError(UsageError):
 
 @dataclass
 class Trainer:
-    """One run on one process.
+    """The training of a run, on one process.
 
     All randomness is a function of the seed, the step and the sample, so that a resumed run is the same run, and that
     the number of processes and the size of micro-batches change rounding only. The exception is what layers draw as
@@ -155,7 +155,7 @@ class Trainer:
             )
 
     def is_due(self, every: int) -> bool:
-        """Whether the step that was just taken is one of every so many; 0: never."""
+        """True if the step that was just taken is one of every so many; 0: never."""
         return every > 0 and self.state.progress.step % every == 0
 
     def measure_baseline(self) -> None:

@@ -1,4 +1,4 @@
-"""One call of the denoiser by the pipeline's own code: a scheduler of a single step, to the clean latents."""
+"""A single call of the denoiser by the pipeline's own code: a scheduler of a single step, to the clean latents."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from .protocol import PreparedCall, Videos
 
 @dataclass(frozen=True)
 class OneStep:
-    """One denoising step from the degraded clip's latents, which are taken for noisy ones of a fixed time.
+    """A single denoising step from the degraded clip's latents, which are taken for noisy ones of a fixed time.
 
     So a text-to-video model becomes a restorer that costs one call: the recipe of one-step video super-resolution, such
     as DOVE (arXiv 2505.16239).

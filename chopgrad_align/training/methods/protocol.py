@@ -15,7 +15,7 @@ from ...sampling.predictions.protocol import Prediction, Videos
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What differs from one micro-batch to the next.
+    """The part of a batch that is computed at a time.
 
     Attributes:
         inputs: Of the pipeline's call, for these videos: prompts or their embeddings, images, generators.

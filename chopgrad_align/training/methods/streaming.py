@@ -17,7 +17,7 @@ from ...objective.objective import Objective
 
 
 def can_stream(objective: Objective, backprop: Backprop) -> bool:
-    """Whether decoding, losses and backward are one pass over the frame groups.
+    """True if decoding, losses and backward are one pass over the frame groups.
 
     With other policies each loss would have to be evaluated twice, and other terms read more than one group's frames.
     """
