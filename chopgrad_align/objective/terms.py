@@ -86,7 +86,7 @@ class Term(ABC):
         """Differentiable scores `(B,)` in the term's own unit; see `Objective.scores`."""
 
     def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """The value that scores `(B,)` add to the objective, in float32 or more; statistics belong to a normalized term."""
+        """The contribution of scores `(B,)` to the objective, in float32 or more; a normalized term has statistics."""
         sign = 1 if self.kind == "reward" else -1
         return sign * self.weight * score.to(torch.promote_types(score.dtype, torch.float32))
 

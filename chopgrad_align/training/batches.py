@@ -29,7 +29,7 @@ def held_out_seed(place: int) -> int:
 
 
 class Batches(Protocol):
-    """The micro-batches that the trainer reads. Everything is a function of the seed, the step and the place in the batch."""
+    """The micro-batches of a run. Everything is a function of the seed, the step and the place in the batch."""
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
         """Some places of the batch of a step; on the CPU, so that any thread can read it."""
