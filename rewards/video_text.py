@@ -52,23 +52,35 @@ def cosines(frames: int, count: int) -> Tensor:
 
 
 class KeyPoints(nn.Module):
-    """Where in each frame what is looked for lies, and how far it spreads: the mean place and the variance of maps that
-    are a softmax over all places (Finn et al., "Deep Spatial Autoencoders for Visuomotor Learning", arXiv 1509.06113).
-    """
+    """Where in each frame what is looked for lies, how far it spreads, and how much it changes there: means over maps
+    that are a softmax over all places (Finn et al., "Deep Spatial Autoencoders for Visuomotor Learning", arXiv
+    1509.06113)."""
 
     def __init__(self, inputs: int, count: int) -> None:
         super().__init__()
         self.maps = nn.Conv3d(inputs, count, 1)
 
-    def forward(self, video: Tensor) -> Tensor:
-        """`(B, inputs, F, H, W)` -> `(B, F, 3 count)`."""
-        maps = self.maps(video).flatten(3)
+    def forward(self, features: Tensor, change: Tensor) -> Tensor:
+        """Features `(B, inputs, F, h, w)` and the change at their places `(B, F, h, w)` -> `(B, F, 4 count)`."""
+        maps = self.maps(features).flatten(3)
         maps = maps.softmax(-1, dtype=torch.promote_types(maps.dtype, torch.float32))
-        axes = (torch.linspace(-1, 1, side).to(maps) for side in video.shape[-2:])
+        axes = (torch.linspace(-1, 1, side).to(maps) for side in features.shape[-2:])
         y, x = (axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij"))
         mean_y, mean_x = (maps * y).sum(-1), (maps * x).sum(-1)
         spread = (maps * (y.square() + x.square())).sum(-1) - mean_y.square() - mean_x.square()
-        return torch.cat([mean_y, mean_x, spread], 1).transpose(1, 2)
+        changed = (maps * change.flatten(2).unsqueeze(1)).sum(-1)
+        return torch.cat([mean_y, mean_x, spread, changed], 1).transpose(1, 2)
+
+
+def change(video: Tensor, size: tuple[int, int]) -> Tensor:
+    """How much each part of a frame differs from the frame before, noise of single pixels averaged away: root mean
+    square over the part and the colours of `video` `(B, 3, F, H, W)`; `(B, F, *size)`, 0 in the first frame.
+
+    What turns in its place changes neither its place nor its size, but this.
+    """
+    coarse = F.avg_pool3d(video, (1, 4, 4))
+    squared = coarse.diff(dim=2, prepend=coarse[:, :, :1]).square().mean(1)
+    return (F.adaptive_avg_pool2d(squared, size) + 1e-4).sqrt() - 1e-2
 
 
 class VideoTextModel(nn.Module):
@@ -92,7 +104,7 @@ class VideoTextModel(nn.Module):
         self.size, self.length = size, length
         self.blocks = nn.ModuleList(map(SpaceTimeBlock, [3, *widths], widths, [4] + [2] * len(widths)))
         self.points = KeyPoints(widths[-2], points)
-        self.to_frame = nn.Linear(widths[-1] + 3 * points, width)
+        self.to_frame = nn.Linear(widths[-1] + 4 * points, width)
         self.frames = transformer_layer(width)
         self.to_video = nn.Linear(WAVES * width, width)
         self.token = nn.Embedding(vocabulary, width)
@@ -103,15 +115,16 @@ class VideoTextModel(nn.Module):
 
     def encode_video(self, video: Tensor) -> Tensor:
         """`(B, F, 3, size, size)` in [-1, 1] -> unit vectors `(B, width)`."""
-        hidden = video.transpose(1, 2)
+        video = hidden = video.transpose(1, 2)
         for block in self.blocks:
             before, hidden = hidden, block(hidden)
         content = hidden.mean((3, 4)).transpose(1, 2)
-        frames = self.to_frame(torch.cat([content, self.points(before).to(content)], -1))
+        points = self.points(before, 10 * change(video, before.shape[-2:]))
+        frames = self.to_frame(torch.cat([content, points.to(content)], -1))
         waves = cosines(frames.shape[1], WAVES).to(frames)
         frames = self.frames(frames + F.pad(waves, (0, frames.shape[-1] - WAVES)))
-        video = torch.einsum("bfd,fw->bwd", frames, waves) / frames.shape[1]
-        return F.normalize(self.to_video(video.flatten(1)), dim=-1)
+        slow = torch.einsum("bfd,fw->bwd", frames, waves) / frames.shape[1]
+        return F.normalize(self.to_video(slow.flatten(1)), dim=-1)
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Ids `(N, L)` and what of them is text, 1 or 0 -> unit vectors `(N, width)`."""

@@ -1,11 +1,13 @@
 """Measure what a run on the embedded pipeline did to the motion of its videos, class of motion by class.
 
     python scripts/measure_motion.py --run runs/embedded
-    python scripts/measure_motion.py --run runs/embedded --pairs 128
+    python scripts/measure_motion.py --run runs/embedded --pairs 128 \\
+        --lora runs/embedded/checkpoints/step-000040/lora.safetensors
 
 The held-out pairs of prompt and seed are sampled by the model without the run's LoRA and with it. Of both, the table
 has the mean absolute difference of neighbouring frames, how often `video_text` finds the motion's words among all nine
 in captions that differ in nothing else, and the scores of `video_text` and of `clip_score`, which sees single frames.
+`--sheet` draws six of the pairs before and after, frames in time: those whose score changed as the median pair's did.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 from chopgrad_align.data import procedural
 from chopgrad_align.data.prompts import read_prompts
 from chopgrad_align.evaluation.heldout import paired
+from chopgrad_align.evaluation.sheet import contact_sheet
 from chopgrad_align.training.batches import call_inputs, held_out_seed
 from chopgrad_align.training.models import load_pipeline
 
@@ -35,16 +38,18 @@ REWARDS = ("video_text", "clip_score")
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run that has ended")
+    parser.add_argument("--lora", type=Path, help="instead of the run's own")
     parser.add_argument("--pairs", type=int, help="of held-out prompt and seed (default: the run's)")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="picture to write, of median pairs")
     args = parser.parse_args(arguments)
     with exit_on_usage_error():
-        measure(args.run, args.pairs)
+        measure(args.run, args.lora or args.run / "lora", args.pairs, args.sheet)
 
 
 @torch.no_grad()
-def measure(run: Path, pairs: int | None) -> None:
-    if not (run / "lora").exists():
-        raise UsageError(f"--run: there is no {run / 'lora'}; give the folder of a run that has ended")
+def measure(run: Path, lora: Path, pairs: int | None, sheet: Path | None) -> None:
+    if not lora.exists():
+        raise UsageError(f"there is no {lora}; give the folder of a run that has ended as --run")
     config = load_config(run / "config.yaml")
     prompts, known = read_prompts(config.data.held_out), {scene.caption: scene for scene in procedural.all_scenes()}
     if unknown := [prompt for prompt in prompts if prompt not in known]:
@@ -54,15 +59,20 @@ def measure(run: Path, pairs: int | None) -> None:
     pipe = load_pipeline(config.model)
     pipe.set_progress_bar_config(disable=True)
 
-    measured = {}
+    videos, measured = {}, {}
     for side in ("before", "after"):
         if side == "after":
-            load_lora(pipe, run / "lora")
-        videos = sample(pipe, config.model.call, [scene.caption for scene in scenes], side)
-        measured[side] = [measures(*pair, rewards) for pair in zip(videos, scenes, strict=True)]
+            load_lora(pipe, lora)
+        videos[side] = sample(pipe, config.model.call, [scene.caption for scene in scenes], side)
+        measured[side] = [measures(*pair, rewards) for pair in zip(videos[side], scenes, strict=True)]
     print(table(scenes, measured["before"], measured["after"]))
     for name in REWARDS:
         print(f"{name}: {paired(*([row[name] for row in rows] for rows in measured.values()))}")
+    if sheet:
+        scores = [[row["video_text"] for row in rows] for rows in measured.values()]
+        shown = median_places(scenes, [after - before for before, after in zip(*scores, strict=True)])
+        chosen = {side: [of[i] for i in shown] for side, of in videos.items()}
+        contact_sheet(chosen, [scenes[i].caption for i in shown]).save(sheet)
 
 
 def sample(pipe: Any, call: dict[str, Any], prompts: list[str], title: str) -> list[Tensor]:
@@ -79,6 +89,15 @@ def measures(video: Tensor, scene: procedural.Scene, rewards: dict[str, Reward])
     scores = {name: reward(video[None], [scene.caption]).item() for name, reward in rewards.items()}
     right = motion_chosen(rewards["video_text"], video, scene) == scene.motion
     return {"motion": video.diff(dim=0).abs().mean().item(), "word": float(right), **scores}
+
+
+def median_places(scenes: Sequence[procedural.Scene], gains: Sequence[float], most: int = 6) -> list[int]:
+    """The pairs whose gains are nearest to the median, one of a motion, in the order of the motions."""
+    middle = median(gains)
+    nearest: dict[str, int] = {}
+    for i in sorted(range(len(gains)), key=lambda i: abs(gains[i] - middle)):
+        nearest.setdefault(scenes[i].motion, i)
+    return sorted(list(nearest.values())[:most], key=lambda i: procedural.MOTIONS.index(scenes[i].motion))
 
 
 def table(

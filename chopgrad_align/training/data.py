@@ -35,7 +35,7 @@ class Data(Protocol):
         ...
 
     def conditions(self, pairs: int, seeds: int) -> list[int]:
-        """A number for the condition of each held-out pair: equal for pairs of one prompt and image, or of one file of clips.
+        """The condition of each held-out pair: equal for pairs of one prompt and image, or of one file of clips.
 
         Args:
             pairs: How many there are.

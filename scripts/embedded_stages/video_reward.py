@@ -71,6 +71,9 @@ def video_reward_batch(step: int, size: int) -> tuple[Tensor, list[procedural.Sc
     clips, scenes = [], []
     for i in range(size):
         scene = procedural.random_scene(rng)
+        still = replace(scene, motion=rng.choice(("spinning", "standing still")))  # the hardest to tell apart
+        if rng.random() < 0.3 and not still.held_out:
+            scene = still
         clip = procedural.render(scene, step * size + i, FRAMES, SIZE, spread=rng.uniform(0.2, 1))
         clips.append(degraded(clip, rng).transpose(0, 1))
         scenes.append(scene)
