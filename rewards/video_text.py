@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class KeyPoints(nn.Module):
         return torch.cat([mean_y, mean_x, spread, changed], 1).transpose(1, 2)
 
 
-def change(video: Tensor, size: tuple[int, int]) -> Tensor:
+def change(video: Tensor, size: Sequence[int]) -> Tensor:
     """How much each part of a frame differs from the frame before, noise of single pixels averaged away: root mean
     square over the part and the colours of `video` `(B, 3, F, H, W)`; `(B, F, *size)`, 0 in the first frame.
 
