@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -73,7 +72,7 @@ class KeyPoints(nn.Module):
         return torch.cat([mean_y, mean_x, spread, changed], 1).transpose(1, 2)
 
 
-def change(video: Tensor, size: Sequence[int]) -> Tensor:
+def change(video: Tensor, size: tuple[int, int]) -> Tensor:
     """How much each part of a frame differs from the frame before, noise of single pixels averaged away: root mean
     square over the part and the colours of `video` `(B, 3, F, H, W)`; `(B, F, *size)`, 0 in the first frame.
 
@@ -120,7 +119,8 @@ class VideoTextModel(nn.Module):
         for block in self.blocks:
             before, hidden = hidden, block(hidden)
         content = hidden.mean((3, 4)).transpose(1, 2)
-        points = self.points(before, 10 * change(video, before.shape[-2:]))
+        height, width = before.shape[-2:]
+        points = self.points(before, 10 * change(video, (height, width)))
         frames = self.to_frame(torch.cat([content, points.to(content)], -1))
         waves = cosines(frames.shape[1], WAVES).to(frames)
         frames = self.frames(frames + F.pad(waves, (0, frames.shape[-1] - WAVES)))
