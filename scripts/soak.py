@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 
 _ALIGN = Path(__file__).with_name("align.py")
@@ -88,11 +90,16 @@ def _rows(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(_OF_THE_CLOCK)} for row in rows]
 
 
+def _tensors(path: Path) -> dict[str, bytes]:
+    """The weights to the bit; beside them the file names the layers in an order that is another in each process."""
+    return {name: weight.numpy().tobytes() for name, weight in load_file(path).items()}
+
+
 _COMPARED = {
     "metrics": _rows,
     "held-out scores": lambda run: json.loads((run / "heldout.json").read_text()),
-    "exported LoRA": lambda run: (run / "lora" / "pytorch_lora_weights.safetensors").read_bytes(),
-    "last checkpoint": lambda run: max((run / "checkpoints").glob("step-*/lora.safetensors")).read_bytes(),
+    "exported LoRA": lambda run: _tensors(run / "lora" / "pytorch_lora_weights.safetensors"),
+    "last checkpoint": lambda run: _tensors(max((run / "checkpoints").glob("step-*/lora.safetensors"))),
 }
 
 
