@@ -358,7 +358,7 @@ def test_dry_run_writes_nothing(configure, tmp_path, capsys):
         (["model.name=no/body"], r"model.name: cannot load no/body; check the name and the network"),
         (["model.scheduler.name=UniPC"], r"model.scheduler.name: diffusers has no 'UniPC'"),
         (["model.scheduler.flow_shif=3"], r"model.scheduler: Uni\w+ has no setting 'flow_shif'; did you mean 'flow"),
-        (["model.call.hight=16"], r"takes no argument 'hight'; the nearest is 'height'"),
+        (["model.call.hight=16"], r"takes no argument 'hight'; did you mean 'height'"),
         (["model.call.height=20"], r"would round height=20; it makes multiples of 8, the nearest is (16|24)$"),
         (["model.call.num_frames=6"], r"would round num_frames=6; it makes 4k \+ 1, the nearest is 5"),
         (["model.call.output_type=np"], r"rollout sets output_type itself"),
@@ -482,10 +482,11 @@ def test_from_the_command_line(model, tmp_path):
     launch += [tiny_runs.SCRIPT, "--config", config]
     done = subprocess.run(launch, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-2:]
-    assert last[0].startswith("held-out reward: ")
-    assert "standard deviations" in last[0]
-    assert last[1] == f"look at {tmp_path}/run/report.html; the LoRA is in {tmp_path}/run/lora"
+    lines = done.stdout.splitlines()
+    found = [i for i, line in enumerate(lines) if line.startswith("held-out reward: ")]
+    assert "standard deviations" in lines[found[0]]
+    assert lines[found[0] + 1].split()[:3] == ["before", "after", "ratio"]  # the witnesses
+    assert lines[-1] == f"look at {tmp_path}/run/report.html; the LoRA is in {tmp_path}/run/lora"
     assert "align: 100%" in done.stderr  # the progress bar
 
     again = [sys.executable, tiny_runs.SCRIPT, "--config", config]
