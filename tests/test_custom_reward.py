@@ -18,7 +18,7 @@ TUTORIAL = (ROOT / "docs" / "custom_reward.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
 TINY = [
     *("train.steps=2", "train.batch_size=2", "train.micro_batch=2", "validation.pairs=2", "validation.videos=2"),
-    *("model.call.num_frames=5", "model.call.num_inference_steps=2"),
+    *("model.call.num_frames=5", "model.call.num_inference_steps=2", "gradient.last_steps=2"),
 ]
 
 

@@ -77,7 +77,7 @@ def embedded_run(folder, *rewards):
         None,
         [
             f"run.folder={folder}",
-            *("model.call.num_frames=5", "model.call.num_inference_steps=2"),
+            *("model.call.num_frames=5", "model.call.num_inference_steps=2", "gradient.last_steps=2"),
             *(
                 "train.steps=1",
                 "train.batch_size=2",
@@ -178,13 +178,13 @@ def test_resume_is_exact(configure, tmp_path):
         assert progress(tmp_path / "run", step) == progress(tmp_path / "straight", step)
 
     stages = [progress(tmp_path / "run", step) for step in (0, 2, 4)]
-    assert stages[0]["running_statistics"] == stages[0]["initial_statistics"]
-    assert stages[0]["initial_statistics"] == stages[2]["initial_statistics"]
+    assert stages[0]["running"] == stages[0]["initial"]
+    assert stages[0]["initial"] == stages[2]["initial"]
     for name in ("colour", "sharp"):
-        means = {stage["running_statistics"][name]["mean"] for stage in stages}
+        means = {stage["running"][name]["mean"] for stage in stages}
         assert len(means) == 3
         # Held-out scores are measured in the spread of the model as it was.
-        start = stages[0]["initial_statistics"][name]
+        start = stages[0]["initial"][name]
         raw = [row[f"heldout/{name}"] for row in rows(tmp_path / "run", "heldout/reward_mean")]
         assert start["mean"] == pytest.approx(raw[0], rel=1e-6)
     for row in rows(tmp_path / "run"):

@@ -558,7 +558,15 @@ def test_the_command_plans_for_a_folder(folder, capsys, main):
             "height=33; it makes multiples of 32",
         ),
         (
-            ["--model", "FOLDER", "--size", "16x16", "--frames", "5", "model.call.prompt=a"],
+            [
+                "--model",
+                "FOLDER",
+                "--size",
+                "16x16",
+                "--frames",
+                "5",
+                "model.call.guidance_scale_2=2.0",
+            ],
             "model.call: WanPipeline refuses it",
         ),
         (["--model", "FOLDER", "--size", "16x16", "--frames", "5", "--reward", "hps"], "no reward is called 'hps'"),

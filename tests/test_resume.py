@@ -439,8 +439,8 @@ def test_the_second_signal_ends_at_once(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.number() == signal.SIGTERM
         with pytest.raises(Killed) as end:
-            os.kill(os.getpid(), signal.SIGINT)
-    assert end.value.args == (128 + signal.SIGINT,)
+            os.kill(os.getpid(), signal.SIGUSR1)  # and not SIGINT, which jobs in the background ignore
+    assert end.value.args == (128 + signal.SIGUSR1,)
 
 
 def test_one_of_several_processes_says_what_is_wrong(tmp_path, monkeypatch, capsys):

@@ -221,12 +221,18 @@ def _shapes_of_default_checkpoints_only() -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        if isinstance(error.__cause__, OSError):  # a file that is not there, or not on the hub
+        if any(isinstance(cause, OSError) for cause in _causes(error)):  # a file that is not there, or not on the hub
             raise UsageError(
                 f"{error} The planner downloads nothing: it has the shapes of the default checkpoints of "
                 "aesthetic, clip_score, hps_v2 and pick_score; give the others as local files"
             ) from error
         raise
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while error.__cause__ is not None:
+        error = error.__cause__
+        yield error
 
 
 def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures:

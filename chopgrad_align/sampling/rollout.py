@@ -62,10 +62,12 @@ class RolloutPart(NamedTuple):
     Attributes:
         video: `(B, F, C, H, W)` in [0, 1], or latents.
         share: The part that they have in the mean over all clips of a rollout.
+        rest: Parts that are still to come.
     """
 
     video: Tensor
     share: float
+    rest: int
 
 
 def rollout_parts(
@@ -105,9 +107,9 @@ def rollout_parts(
     with performed(pipe, record, backprop, decode) as call:
         video = call(**call_kwargs, output_type=output_type).frames
     repeats = record.steps.plan.repeats
-    yield RolloutPart(video, 1 / (repeats + 1))
+    yield RolloutPart(video, 1 / (repeats + 1), repeats)
     del video  # with its graph, before the next clips are made
-    for _ in range(repeats):
+    for rest in reversed(range(repeats)):
         noise = _noise_like(record.clean, generator)
         after = _states(generator)
         _restore(generator, before)
@@ -115,7 +117,7 @@ def rollout_parts(
         with performed(pipe, repetition, backprop, decode) as call:
             video = call(**call_kwargs, output_type=output_type).frames
         _restore(generator, after)
-        yield RolloutPart(video, 1 / (repeats + 1))
+        yield RolloutPart(video, 1 / (repeats + 1), rest)
         del video
 
 

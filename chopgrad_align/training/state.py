@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,12 @@ class TrainState:
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
+
+    def next_learning_rate(self) -> None:
+        """Let the schedule take a step, whether weights were changed in this one or not."""
+        with warnings.catch_warnings():  # torch warns if the first step changed nothing
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -123,7 +123,7 @@ class Trainer:
             if finite:
                 state.update()
             state.optimizer.zero_grad(set_to_none=True)
-            state.schedule.step()
+            state.next_learning_rate()
         progress.count(finite, dict(zip(self.method.objective.terms, table[:, 1:].T.tolist(), strict=False)))
         return self.row(table, norm, learning_rate)
 

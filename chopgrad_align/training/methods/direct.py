@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,15 +80,15 @@ class DirectGradient:
                 steps_seed=batch.steps_seed,
                 observe=distance.observe if self.objective.reads_base else None,
             )
-            rows = []
-            while (part := self._next(made)) is not None:
+            rows, rest = [], 1
+            while rest:
+                with self.phases("sampling"):
+                    part = next(made)
                 reference = replace(prepared.reference(), base_distance=distance.take())
                 rows.append(part.share * self._backward(part, batch, reference, streamed, statistics))
+                rest = part.rest
+                del part  # its video, before the next one is made
         return torch.stack(rows).sum(0)
-
-    def _next(self, made: Iterator[RolloutPart]) -> RolloutPart | None:
-        with self.phases("sampling"):
-            return next(made, None)
 
     def _backward(
         self,
