@@ -1,5 +1,10 @@
 """What holds for every test."""
 
+import os
+
+# Several processes run tests at a time: with more threads than cores each would wait for the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch import nn
