@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import tiny_pipelines
+import tiny_runs
 import torch
 from torch import nn
 
@@ -23,3 +25,17 @@ def full_precision(monkeypatch):
 
     monkeypatch.setattr(autoencoder_kl_wan.WanUpsample, "forward", nn.Upsample.forward)
     monkeypatch.setattr(autoencoder_kl_qwenimage.QwenImageUpsample, "forward", nn.Upsample.forward)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """The folder of a tiny Wan text-to-video pipeline."""
+    folder = tmp_path_factory.mktemp("wan")
+    tiny_pipelines.wan_t2v().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def configure(model, tmp_path):
+    """The config of a run of seconds on that pipeline, with overrides."""
+    return lambda *overrides: tiny_runs.config(tmp_path, model, *overrides)

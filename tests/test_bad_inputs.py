@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
-import tiny_pipelines
 import tiny_runs
 import torch
 import yaml
@@ -213,13 +212,6 @@ def test_degradations_take_or_refuse_every_setting(name):
         answer(lambda value=value: load(value))
         for setting in dataclasses.fields(kind):
             answer(lambda value=value, setting=setting: load({"name": name, setting.name: value}))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wan")
-    tiny_pipelines.wan_t2v().save_pretrained(folder)
-    return folder
 
 
 REWARDS = """

@@ -70,13 +70,6 @@ class Brightness(Term):
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wan")
-    tiny_pipelines.wan_t2v().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import tiny_pipelines
 import tiny_runs
 import torch
 from tiny_runs import lora, rows, saved_lora
@@ -45,13 +44,6 @@ class Partial:
                 return score * float("nan")
         return score
 """
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wan")
-    tiny_pipelines.wan_t2v().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import itertools
 import json
 
 import pytest
-import tiny_pipelines
 import tiny_rewards
 import tiny_runs
 import tiny_vaes
@@ -35,13 +34,6 @@ class Liar(Warmth):
     def forward(self, video, prompts, seeds=None):
         return super().forward(video, prompts, seeds) + video[:, -1].mean((1, 2, 3))
 """
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wan")
-    tiny_pipelines.wan_t2v().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

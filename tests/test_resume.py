@@ -7,7 +7,6 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-import tiny_pipelines
 import tiny_runs
 import torch
 from tiny_runs import lora, rows, saved_lora
@@ -25,13 +24,6 @@ from chopgrad_align.training.stopping import StopRequests
 
 OPTIONS = ["train.steps=4", "checkpoint.every=2", "checkpoint.keep=9", "validation.every=2"]
 OPTIONS += ["lora.dropout=0.1", "train.warmup_steps=3", "rewards.bright={name: colorfulness, weight: -0.5}"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wan")
-    tiny_pipelines.wan_t2v().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

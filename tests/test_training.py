@@ -26,18 +26,6 @@ from chopgrad_align.training.lora import load_lora
 from chopgrad_align.training.run import train
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wan")
-    tiny_pipelines.wan_t2v().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def configure(model, tmp_path):
-    return lambda *overrides: tiny_runs.config(tmp_path, model, *overrides)
-
-
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
     """A run of four steps with everything in it, its config and its result."""
