@@ -139,15 +139,20 @@ def test_the_pipeline_makes_what_the_caption_says(pipe):
 
 @pytest.mark.slow
 def test_the_main_job(tmp_path):
-    """`accelerate launch scripts/align.py`: the held-out reward rises by half a standard deviation, p < 0.01."""
+    """`accelerate launch scripts/align.py`: the held-out reward rises by half a standard deviation, p < 0.01, and the
+    witnesses stay within their bounds."""
     from chopgrad_align.evaluation.heldout import paired
 
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", str(ROOT / "scripts" / "align.py")]
-    subprocess.run([*command, f"run.folder={tmp_path / 'run'}"], check=True, cwd=tmp_path)
+    command.append(f"run.folder={tmp_path / 'run'}")
+    done = subprocess.run(command, check=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     scores = json.loads((tmp_path / "run" / "heldout.json").read_text())
     result = paired(scores["before"], scores["after"])
     assert result.count >= 64
     assert result.gain_in_stds >= 0.5
     assert result.p_value < 0.01
+    assert scores["remarks"] == []
+    printed = {line.split()[0] for line in done.stdout.splitlines() if line}
+    assert {"motion", "flow", "flicker", "saturation", "contrast", "sharpness", "distance", "video"} <= printed
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "report.html", "lora/pytorch_lora_weights.safetensors"):
         assert (tmp_path / "run" / name).is_file()
