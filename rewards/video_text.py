@@ -78,6 +78,7 @@ def change(video: Tensor, size: tuple[int, int]) -> Tensor:
 
     What turns in its place changes neither its place nor its size, but this.
     """
+    video = video.to(torch.promote_types(video.dtype, torch.float32))  # small differences of large numbers
     coarse = F.avg_pool3d(video, (1, 4, 4))
     squared = coarse.diff(dim=2, prepend=coarse[:, :, :1]).square().mean(1)
     return (F.adaptive_avg_pool2d(squared, size) + 1e-4).sqrt() - 1e-2
