@@ -103,11 +103,12 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
     models = load_models(config, parallel.device, data.shapes(call))
     batches = data.batches(models.pipe, models.objective, config)
     size = (call["height"], call["width"]) if call.get("height") and call.get("width") else (64, 64)
+    prompts = (batches.prompts(0) * 2)[:2]  # there may be one
+    probe = (prompts, call.get("num_frames", 5), size, parallel.device)
     for name, term in models.objective.terms.items():
-        prompts = (batches.prompts(0) * 2)[:2]  # there may be one
-        term.check(name, prompts, call.get("num_frames", 5), size, parallel.device)
+        term.check(name, *probe)
     witnesses = make_witnesses(config)
-    check_witnesses(witnesses, (batches.prompts(0) * 2)[:2], call.get("num_frames", 5), size, parallel.device)
+    check_witnesses(witnesses, *probe)
     # Weights and two moments in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
