@@ -14,6 +14,7 @@ from ..data.clips import Clip, Clips
 from ..data.order import mix
 from ..data.prompts import Condition
 from ..objective.objective import Objective
+from ..sampling.call_shape import as_taken
 from .captions import Captions
 from .methods.protocol import MicroBatch
 
@@ -233,7 +234,7 @@ def clip_batch(pipe: Any, clips: Sequence[Clip], captions: list[str], seeds: lis
 def _stacked(pipe: Any, clips: Sequence[Clip], captions: list[str], seeds: list[int]) -> MicroBatch:
     videos = {role: torch.stack([clip.videos[role] for clip in clips]) for role in clips[0].videos}
     frames, _, height, width = clips[0].videos["target"].shape
-    shape = {"num_frames": frames, "height": height, "width": width}
+    shape = as_taken(pipe, {"num_frames": frames, "height": height, "width": width})
     return MicroBatch(
         call_inputs(pipe, captions, seeds) | shape, captions, frame_seeds=seeds, seeds=seeds, videos=videos
     )
