@@ -1,0 +1,87 @@
+"""Components that several families share: text and image encoders, tokenizers, schedulers; images and clips of a row."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from torch import nn
+
+TEXT = "a red circle moving left"
+
+
+def frozen(pipe):
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tokenizer(max_length: int = 16, words: str = TEXT):
+    """A tokenizer of whole words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *sorted(set(words.split()))])}
+    made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_length
+    )
+
+
+def clip_text(projection: bool = False, width: int = 8):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=32,
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def clip_vision(size: int = 32, projection: bool = True):
+    """An image encoder and its processor."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        projection_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=size // 2,
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return (CLIPVisionModelWithProjection if projection else CLIPVisionModel)(config), processor
+
+
+def t5(multilingual: bool = False, width: int = 8):
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    model, config = (UMT5EncoderModel, UMT5Config) if multilingual else (T5EncoderModel, T5Config)
+    return model(config(vocab_size=32, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+
+
+def image(seed: int = 0, size: int = 16) -> Image.Image:
+    """A random image of coarse squares."""
+    pixels = torch.randint(256, (4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.numpy()).resize((size, size), Image.Resampling.BILINEAR)
+
+
+def clip(frames: int, size: int = 16, seed: int = 0) -> list[Image.Image]:
+    """A random video, a list of its frames."""
+    return [image(seed + i, size) for i in range(frames)]
