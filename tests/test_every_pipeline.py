@@ -5,10 +5,12 @@ The reference knows nothing of schedulers: gradient begins where the pipeline's 
 
 import inspect
 import json
+import sys
 
 import every_pipeline
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 from every_pipeline import ENTRIES
 from every_pipeline.entry import Entry
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,7 +24,13 @@ from chopgrad_align.sampling.steps import LastSteps
 from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.run import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Of diffusers' code, about itself.
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +48,14 @@ def classes(reason):
     ]
 
 
+@pytest.fixture(autouse=True)
+def flex_attention_on_a_cpu(monkeypatch):
+    """torch refuses its backward pass there, though the dense kernel that it falls back to has one."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)
+
+
 def test_every_class_is_listed():
-    assert every_pipeline.video_classes().keys() == ENTRIES.keys()
+    assert every_pipeline.video_classes().keys() == {name.partition("/")[0] for name in ENTRIES}
 
 
 def denoisers(pipe) -> list[torch.nn.Module]:
@@ -58,30 +72,37 @@ def frames_of(output) -> Tensor:
     return output.frames if hasattr(output, "frames") else output.video
 
 
+class Loop:
+    """In place of a progress bar: gradient is enabled in the last iterations of the loop, and after it."""
+
+    def __init__(self, last: int, iterable=None, total=None):
+        self.last, self.iterable = last, iterable
+        self.left = len(iterable) if total is None else total
+        self.update(0)
+
+    def update(self, count=1):
+        self.left -= count
+        torch.set_grad_enabled(self.left <= self.last)
+
+    def __iter__(self):
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
 def reference(pipe, entry: Entry, last: int) -> Tensor:
     """The pipeline's own call in grad mode, with every activation kept, in the last iterations of each of its loops."""
-
-    class Bar:
-        def __init__(self, total):
-            self.left = total
-            self.update(0)
-
-        def update(self, count=1):
-            self.left -= count
-            torch.set_grad_enabled(self.left <= last)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-    pipe.progress_bar = lambda iterable=None, total=None: Bar(total)
-    try:
-        with torch.no_grad():
-            return frames_of(inspect.unwrap(type(pipe).__call__)(pipe, **call_of(entry), output_type="pt"))
-    finally:
-        del pipe.progress_bar
+    module = sys.modules[type(pipe).__module__]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(pipe, "progress_bar", lambda iterable=None, total=None: Loop(last, iterable, total))
+        patch.setattr(module, "tqdm", lambda iterable, **settings: Loop(last, iterable), raising=False)
+        return frames_of(inspect.unwrap(type(pipe).__call__)(pipe, **call_of(entry), output_type="pt"))
 
 
 def gradient(frames: Tensor, weights: list[Tensor]) -> Tensor:

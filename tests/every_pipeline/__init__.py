@@ -7,13 +7,13 @@ import inspect
 import sys
 import warnings
 
-from . import unets
+from . import cogvideox, transformers, unets, wan
 from .entry import Entry
 
 __all__ = ["ENTRIES", "Entry", "video_classes"]
 
-ENTRIES: dict[str, Entry] = {**unets.ENTRIES}
-"""By the name of the class."""
+ENTRIES: dict[str, Entry] = {**cogvideox.ENTRIES, **transformers.ENTRIES, **unets.ENTRIES, **wan.ENTRIES}
+"""By the name of the class; of its further modes, by `class/mode`."""
 
 
 def video_classes() -> dict[str, type]:

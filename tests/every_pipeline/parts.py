@@ -76,6 +76,49 @@ def t5(multilingual: bool = False, width: int = 8):
     return model(config(vocab_size=32, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
 
 
+_SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+
+def chat_tokenizer(max_length: int = 1024):
+    """A tokenizer of whole words that knows the tokens of chat templates."""
+    made = tokenizer(max_length)
+    made.add_special_tokens({"additional_special_tokens": _SPECIAL})
+    made.chat_template = "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|>{% endfor %}"
+    return made
+
+
+def qwen_processor():
+    """Qwen-VL's processor, of texts, images and videos."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(), tokenizer=chat_tokenizer(), video_processor=Qwen2VLVideoProcessor()
+    )
+
+
+def _qwen_text(width: int):
+    return {
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]},
+        "pad_token_id": 0,
+    }
+
+
+def qwen_vl(width: int = 8):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=_qwen_text(width), vision_config=vision, vocab_size=64)
+    )
+
+
 def image(seed: int = 0, size: int = 16) -> Image.Image:
     """A random image of coarse squares."""
     pixels = torch.randint(256, (4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
