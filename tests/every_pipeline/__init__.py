@@ -7,12 +7,13 @@ import inspect
 import sys
 import warnings
 
-from . import cogvideox, transformers, unets, wan
+from . import cogvideox, hunyuan, kandinsky, ltx, ltx2, sana, transformers, unets, wan
 from .entry import Entry
 
 __all__ = ["ENTRIES", "Entry", "video_classes"]
 
-ENTRIES: dict[str, Entry] = {**cogvideox.ENTRIES, **transformers.ENTRIES, **unets.ENTRIES, **wan.ENTRIES}
+_FAMILIES = (cogvideox, hunyuan, kandinsky, ltx, ltx2, sana, transformers, unets, wan)
+ENTRIES: dict[str, Entry] = {name: entry for family in _FAMILIES for name, entry in family.ENTRIES.items()}
 """By the name of the class; of its further modes, by `class/mode`."""
 
 

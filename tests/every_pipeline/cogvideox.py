@@ -68,7 +68,7 @@ def _consisid():
         LFE_num_heads=2,
         LFE_num_id_token=1,
         LFE_num_querie=1,
-        LFE_output_dim=32,
+        LFE_output_dim=21,  # two thirds of the width
         LFE_ff_mult=1,
         LFE_num_scale=1,
     )

@@ -44,7 +44,7 @@ def clip_text(projection: bool = False, width: int = 8):
         intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=77,
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=1,
@@ -83,7 +83,10 @@ def chat_tokenizer(max_length: int = 1024):
     """A tokenizer of whole words that knows the tokens of chat templates."""
     made = tokenizer(max_length)
     made.add_special_tokens({"additional_special_tokens": _SPECIAL})
-    made.chat_template = "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|>{% endfor %}"
+    # Pipelines drop the first hundred or so tokens, which real templates have.
+    made.chat_template = (
+        "{{ 'a ' * 140 }}{% for message in messages %}<|im_start|> {{ message['content'] }} <|im_end|>{% endfor %}"
+    )
     return made
 
 
@@ -96,7 +99,61 @@ def qwen_processor():
     )
 
 
-def _qwen_text(width: int):
+def gemma2(width: int = 8):
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=64,
+            hidden_size=width,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=4,
+        )
+    )
+
+
+def gemma3(width: int = 8, layers: int = 2):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {
+        "vocab_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=63)
+    return Gemma3ForConditionalGeneration(config)
+
+
+def llama_config():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=64, hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, pad_token_id=0
+    )
+
+
+def llama():
+    from transformers import LlamaModel
+
+    return LlamaModel(llama_config())
+
+
+def qwen_text(width: int):
     return {
         "hidden_size": width,
         "intermediate_size": 16,
@@ -115,7 +172,7 @@ def qwen_vl(width: int = 8):
 
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
     return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=_qwen_text(width), vision_config=vision, vocab_size=64)
+        Qwen2_5_VLConfig(text_config=qwen_text(width), vision_config=vision, vocab_size=64)
     )
 
 
@@ -128,3 +185,10 @@ def image(seed: int = 0, size: int = 16) -> Image.Image:
 def clip(frames: int, size: int = 16, seed: int = 0) -> list[Image.Image]:
     """A random video, a list of its frames."""
     return [image(seed + i, size) for i in range(frames)]
+
+
+def tensor(video: list[Image.Image]) -> torch.Tensor:
+    """A video as a tensor `(1, 3, F, H, W)` in [0, 1]."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    return torch.stack([pil_to_tensor(frame) / 255 for frame in video], 1)[None]

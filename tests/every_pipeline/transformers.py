@@ -77,7 +77,7 @@ def _mochi():
         attention_head_dim=8,
         num_layers=2,
         pooled_projection_dim=8,
-        in_channels=4,
+        in_channels=12,
         text_embed_dim=8,
         time_embed_dim=8,
         max_sequence_length=16,
@@ -86,7 +86,7 @@ def _mochi():
     return parts.frozen(
         diffusers.MochiPipeline(
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-            vae=mochi_vae(),
+            vae=mochi_vae(latent_channels=12),  # as many as its config has means of
             text_encoder=parts.t5(),
             tokenizer=parts.tokenizer(),
             transformer=transformer,
@@ -163,24 +163,28 @@ def _motif(pipeline: str, image: bool = False):
     )
 
 
+_MASK = torch.zeros(1, 1, 5, 16, 16).index_fill(4, torch.arange(8), 1.0)
+_EASYANIMATE = {**_CALL, "num_frames": 5, "negative_prompt": ""}  # without which its guidance fails
 _MOTIF = {"height": 16, "width": 16, "num_inference_steps": 2, "num_frames": 5, "max_sequence_length": 16}
 
 ENTRIES = {
     "AllegroPipeline": Entry(_allegro, {**_CALL, "num_frames": 8, "max_sequence_length": 16}, _PROMPT),
     "LattePipeline": Entry(_latte, {**_CALL, "video_length": 4, "clean_caption": False}, _PROMPT),
     "MochiPipeline": Entry(_mochi, {**_CALL, "num_frames": 7, "max_sequence_length": 16}, _PROMPT),
-    "EasyAnimatePipeline": Entry(
-        functools.partial(_easyanimate, "EasyAnimatePipeline"), {**_CALL, "num_frames": 5}, _PROMPT
-    ),
+    "EasyAnimatePipeline": Entry(functools.partial(_easyanimate, "EasyAnimatePipeline"), _EASYANIMATE, _PROMPT),
     "EasyAnimateControlPipeline": Entry(
         functools.partial(_easyanimate, "EasyAnimateControlPipeline", in_channels=12),
-        {**_CALL, "num_frames": 5},
+        _EASYANIMATE,
         {**_PROMPT, "control_video": parts.clip(5)},
+        fault="its call passes `encode_prompt` an argument that it does not have, `text_encoder_index`",
     ),
     "EasyAnimateInpaintPipeline": Entry(
-        functools.partial(_easyanimate, "EasyAnimateInpaintPipeline", in_channels=9),
-        {**_CALL, "num_frames": 5},
-        {**_PROMPT, "video": parts.clip(5), "mask_video": parts.clip(5, seed=7)},
+        # With the mask resized instead of encoded, it reads a setting of the VAE that diffusers' class does not have.
+        functools.partial(
+            _easyanimate, "EasyAnimateInpaintPipeline", in_channels=12, resize_inpaint_mask_directly=False
+        ),
+        _EASYANIMATE,
+        {**_PROMPT, "video": parts.tensor(parts.clip(5)), "mask_video": _MASK},
     ),
     "MotifVideoPipeline": Entry(functools.partial(_motif, "MotifVideoPipeline"), _MOTIF, _PROMPT),
     "MotifVideoImage2VideoPipeline": Entry(
