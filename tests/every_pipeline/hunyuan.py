@@ -58,8 +58,16 @@ def _llava():
     vision = CLIPVisionConfig(
         hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, image_size=28, patch_size=14
     )
-    config = LlavaConfig(vision_config=vision, text_config=parts.llama_config(), image_token_index=63, pad_token_id=0)
+    tokenizer = parts.chat_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<|end_header_id|>"]})
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=parts.llama_config(),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=0,
+    )
     return {
+        "tokenizer": tokenizer,
         "text_encoder": LlavaForConditionalGeneration(config),
         "image_processor": CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
     }
@@ -131,11 +139,11 @@ ENTRIES = {
         {
             **_CALL,
             "prompt_template": {
-                "template": "<|im_start|> <image> <|im_end|> {}",
-                "crop_start": 1,
+                "template": "<|im_start|> <|end_header_id|> <image> <|im_start|> <|end_header_id|> {} a a a <|end_header_id|> a",
+                "crop_start": 5,
                 "image_emb_len": 4,
-                "image_emb_start": 1,
-                "image_emb_end": 5,
+                "image_emb_start": 2,
+                "image_emb_end": 6,
                 "double_return_token_id": 2,
             },
             "image_embed_interleave": 2,

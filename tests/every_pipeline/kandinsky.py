@@ -49,7 +49,7 @@ def _kandinsky5(pipeline: str, image: bool = False):
     torch.manual_seed(0)
     return parts.frozen(
         getattr(diffusers, pipeline)(
-            transformer=diffusers.Kandinsky5Transformer3DModel(**_TRANSFORMER, visual_cond=image),
+            transformer=parts.without_zeros(diffusers.Kandinsky5Transformer3DModel(**_TRANSFORMER, visual_cond=image)),
             vae=hunyuan_video_vae(),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
             **_encoders(),
@@ -61,15 +61,17 @@ def _kandinsky6():
     torch.manual_seed(0)
     return parts.frozen(
         diffusers.Kandinsky6TI2VAPipeline(
-            transformer=diffusers.Kandinsky6Transformer3DModel(
-                **_TRANSFORMER,
-                in_audio_dim=4,
-                out_audio_dim=4,
-                model_dim_a=12,
-                time_dim_a=8,
-                ff_dim_a=16,
-                axes_dims_a=(2, 2, 2),
-                visual_token_type_num_embeddings=2,
+            transformer=parts.without_zeros(
+                diffusers.Kandinsky6Transformer3DModel(
+                    **_TRANSFORMER,
+                    in_audio_dim=4,
+                    out_audio_dim=4,
+                    model_dim_a=12,
+                    time_dim_a=8,
+                    ff_dim_a=16,
+                    axes_dims_a=(2, 2, 2),
+                    visual_token_type_num_embeddings=2,
+                )
             ),
             vae=hunyuan_video_vae(),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -93,15 +95,17 @@ def _kandinsky6_sr():
     torch.manual_seed(0)
     return parts.frozen(
         diffusers.Kandinsky6SRPipeline(
-            transformer=diffusers.Kandinsky6SRTransformer3DModel(
-                in_visual_dim=4,
-                out_visual_dim=4,
-                time_dim=8,
-                model_dim=12,
-                ff_dim=16,
-                num_visual_blocks=2,
-                axes_dims=(2, 2, 2),
-                tile_sizes=((32, 32),),
+            transformer=parts.without_zeros(
+                diffusers.Kandinsky6SRTransformer3DModel(
+                    in_visual_dim=4,
+                    out_visual_dim=4,
+                    time_dim=8,
+                    model_dim=12,
+                    ff_dim=16,
+                    num_visual_blocks=2,
+                    axes_dims=(2, 2, 2),
+                    tile_sizes=((32, 32),),
+                )
             ),
             vae=diffusers.Kandinsky6SRVAE(
                 latent_channels=4,
@@ -120,7 +124,7 @@ ENTRIES = {
     ),
     "Kandinsky5I2VPipeline": Entry(
         functools.partial(_kandinsky5, "Kandinsky5I2VPipeline", image=True),
-        {**_CALL, "num_frames": 9},
+        {**_CALL, "num_frames": 17},
         _IMAGE,
         targets=_TARGETS,
     ),

@@ -17,6 +17,14 @@ def frozen(pipe):
     return pipe
 
 
+def without_zeros(module: nn.Module) -> nn.Module:
+    """The module with random weights where its class begins with zeros, which would hide most of it."""
+    for weight in module.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.1)
+    return module
+
+
 def tokenizer(max_length: int = 16, words: str = TEXT):
     """A tokenizer of whole words."""
     from tokenizers import Tokenizer

@@ -67,16 +67,19 @@ def _world():
             tokenizer=parts.tokenizer(512),
             text_encoder=parts.gemma2(),
             vae=ltx2_vae(),
-            transformer=diffusers.SanaWMTransformer3DModel(
-                in_channels=8,
-                num_layers=2,
-                hidden_size=32,
-                num_attention_heads=2,
-                softmax_every_n=2,
-                linear_head_dim=16,
-                chunk_plucker_post_attn_blocks=2,
-                caption_channels=8,
-                image_size=16,
+            transformer=parts.without_zeros(
+                diffusers.SanaWMTransformer3DModel(
+                    in_channels=8,
+                    num_layers=2,
+                    hidden_size=32,
+                    num_attention_heads=2,
+                    softmax_every_n=2,
+                    linear_head_dim=16,
+                    chunk_plucker_post_attn_blocks=2,
+                    chunk_plucker_channels=24,  # six for each frame of a latent frame
+                    caption_channels=8,
+                    image_size=16,
+                )
             ),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
@@ -97,5 +100,6 @@ ENTRIES = {
             "max_sequence_length": 16,
         },
         {**_PROMPT, "image": parts.image(), "action": "w-8", "intrinsics": [16.0, 16.0, 8.0, 8.0]},
+        targets=("qkv", "proj", "q_linear", "kv_linear"),
     ),
 }

@@ -63,14 +63,6 @@ def _sparse_controlnet():
     )
 
 
-def _unequal(module):
-    """With random weights where the published class starts at zero, so that the branch matters."""
-    for weight in module.parameters():
-        if not weight.any():
-            torch.nn.init.normal_(weight, std=0.1)
-    return module
-
-
 def _animatediff(name: str, control=None, **unet):
     torch.manual_seed(0)
     return parts.frozen(
@@ -81,7 +73,7 @@ def _animatediff(name: str, control=None, **unet):
             unet=_motion_unet(**unet),
             motion_adapter=_motion_adapter(),
             scheduler=_ddim(),
-            **({} if control is None else {"controlnet": _unequal(control())}),
+            **({} if control is None else {"controlnet": parts.without_zeros(control())}),
         )
     )
 
