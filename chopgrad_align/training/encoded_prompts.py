@@ -37,6 +37,7 @@ def encode_prompts(
     texts: Iterable[Mapping[str, str]],
     cache: Cache,
     device: torch.device,
+    others: Iterable[Mapping[str, Any]] = (),
     stacked: bool = True,
 ) -> bool:
     """Encode prompts as the pipeline's call would; from then on it takes them from the cache, and has no text encoder.
@@ -51,6 +52,7 @@ def encode_prompts(
         texts: All that the pipeline will be called with: `prompt`, and other arguments that go with it.
         cache: Where the embeddings are kept.
         device: To encode on.
+        others: Arguments of further calls, which may encode with other settings.
         stacked: Whether the pipeline will be called with several prompts at a time.
 
     Returns:
@@ -66,15 +68,17 @@ def encode_prompts(
     for encoder in text_encoders(pipe).values():
         encoder.to(device)
     encoded = _EncodedPrompts(pipe, cache, device)
-    calls = encoded.learn(arguments)
-    # Those of the prompt itself, and not, say, of the negative one in a call of its own.
-    calls = [call for call in calls if call["prompt"] == arguments["prompt"]]
-    if not calls:
-        return False
+    calls: list[dict[str, Any]] = []
+    for given in (arguments, *others):
+        # Those of the prompt itself, and not, say, of the negative one in a call of its own.
+        learnt = [call for call in encoded.learn(given) if call["prompt"] == given["prompt"]]
+        if not learnt:
+            return False
+        calls += learnt
     shapes: dict[str, list[list[torch.Size]]] = {}
     other = distributed.is_initialized() and distributed.get_rank() > 0  # than the main process
     for text in tqdm([*texts], desc="encoding prompts", leave=False, disable=other):
-        rows = [encoded.add({**call, **text}) for call in calls]
+        rows = [encoded.add({name: text.get(name, value) for name, value in call.items()}) for call in calls]
         prompt = text["prompt"]
         shapes[prompt] = [[tensor.shape for tensor in row.values()] for row in rows]
         first = next(iter(shapes))
