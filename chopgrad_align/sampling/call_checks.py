@@ -18,7 +18,7 @@ from ..common.errors import UsageError
 from ..decoding.decoders import known_decoder
 from .call_shape import FRAMES
 from .denoisers import denoisers_of
-from .outputs import expect_output
+from .outputs import expect_frames
 from .steps import StepPolicy, expect_step_policy, plan_of
 
 _VIDEOS = ("num_videos_per_prompt", "num_images_per_prompt")  # for each prompt, by one of these names
@@ -51,7 +51,7 @@ def check_call(
         raise UsageError(f"rollout: {name} makes linear light without an upper bound, not frames in [0, 1]")
     if getattr(pipe, "vae", None) is None or not hasattr(pipe, "video_processor"):
         raise UsageError(f"rollout: expected a diffusers pipeline that makes videos with a VAE, got {name}")
-    expect_output(pipe)
+    expect_frames(pipe)
     known_decoder(pipe.vae)
     parameters = inspect.signature(type(pipe).__call__).parameters
     _check_names(name, call_kwargs, parameters, reserved)
@@ -211,7 +211,8 @@ def _grid(pipe: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
     grid: dict[str, tuple[int, tuple[int, ...]]] = {}
     frames = _first_of(pipe, "scale_factor_temporal", "temporal_compression_ratio", "temporal_scale_factor")
     if frames and not hasattr(pipe, "_match_num_frames"):  # Cosmos 2.5 repeats frames or cuts them off
-        multiple, remainders = frames, (1,)
+        multiple = frames
+        remainders: tuple[int, ...] = (1,)
         names = {cls.__name__ for cls in type(pipe.vae).__mro__}
         if "AutoencoderKLCogVideoX" in names:
             # Decodes latent frames two by two, an odd one with the first ones: of 2k of them it makes 8k frames, of
