@@ -16,10 +16,11 @@ def replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None
     """Within the context `owner.name(...)` is `method(original, owner, ...)`, for this object alone.
 
     Raises:
-        UsageError: The method is replaced already; but `forward` may be, as hooks of other libraries do.
+        UsageError: The method is replaced already; but `forward` may be, as hooks of other libraries do, and so may
+            `set_timesteps`, as the planner does.
     """
     before = vars(owner).get(name)
-    if before is not None and name != "forward":
+    if before is not None and name not in ("forward", "set_timesteps"):
         raise UsageError(
             f"rollout: {type(owner).__name__}.{name} is replaced already, by a rollout under way or by other code"
         )
