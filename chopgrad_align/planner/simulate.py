@@ -35,7 +35,7 @@ from .stand_ins import known_models, write_hub, write_pipeline
 from .weightless import Simulation, make_weightless, simulated, weightless
 
 _SECTIONS = {"reward": "rewards", "loss": "losses"}
-"""Of a config, by the kind of a term."""
+"""Section of a config, by the kind of a term."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from ..common.arguments import shown
 from ..common.errors import UsageError, located
-from ..common.loading import construct, unknown_name
+from ..common.loading import construct, construct_known
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
 from ..sampling.rollout import check_call
@@ -80,11 +80,8 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
     if named is None:
         made: Trainable = LoraOnDenoisers(pipe, _adapter(config))
     else:
-        if ":" not in named.name and named.name not in _TRAINABLES:
-            raise unknown_name("trainable", named.name, _TRAINABLES)
         freeze(pipe)
-        location = _TRAINABLES.get(named.name, named.name)
-        found = construct("trainable", named.name, location, named.args, pipe=pipe)
+        found = construct_known("trainable", named.name, _TRAINABLES, named.args, pipe=pipe)
         if not isinstance(found, Trainable):
             raise UsageError(f"trainable.name: {named.name} made a {type(found).__name__}, which is no Trainable")
         made = found
