@@ -109,9 +109,9 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
         term.check(name, *probe)
     witnesses = make_witnesses(config)
     check_witnesses(witnesses, *probe)
-    # Weights and two moments in float32; a new checkpoint is complete before the oldest goes.
+    # Weights, two moments and an average in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
-    folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
+    folder.check_space(4 * (3 if config.ema.decay is None else 4) * count * (config.checkpoint.keep + 1))
     phases, requests = Phases(parallel.device), StopRequests(say=parallel.is_main)
     method, state = make_method(config, models, phases), make_state(config, models.trainable)
     validation = Validation(
