@@ -468,6 +468,9 @@ class Checkpoint:
 
 @_strict
 class Parallel:
+    shard: Positive = 1
+    """Processes that share one copy of the frozen denoisers, by FSDP2: each keeps a part of every block, and gathers
+    the others when the block runs. The number of processes is a multiple of it."""
     timeout: PositiveFloat = 1800.0
     """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
 
@@ -511,6 +514,14 @@ class Config:
             raise ValueError(f"two terms of the objective are both called {twice[0]!r}; rename one")
         if self.trainable is not None and self.lora != Lora():
             raise ValueError(f"lora has no effect with trainable.name={self.trainable.name}; leave it out")
+        if self.parallel.shard > 1:
+            for key, asked in (("trainable", self.trainable), ("model.loras", self.model.loras)):
+                if asked:
+                    raise ValueError(
+                        f"{key} changes weights that parallel.shard={self.parallel.shard} shards: leave it out"
+                    )
+            if self.lora.dora:
+                raise ValueError(f"lora.dora reads whole weights, which parallel.shard={self.parallel.shard} shards")
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(

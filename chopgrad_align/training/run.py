@@ -93,14 +93,16 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
         UsageError: As `load_models`; a batch that the processes cannot share; a reward that breaks its contract; a
             disk too small for the checkpoints.
     """
-    parallel = Replicas(config.trackers, config.run.folder, config.run.threads, config.parallel.timeout)
+    parallel = Replicas(
+        config.trackers, config.run.folder, config.run.threads, config.parallel.timeout, config.parallel.shard
+    )
     shares = parallel.shares(config.train.batch_size, config.train.micro_batch)
     if config.validation.pairs < parallel.world:
         raise UsageError(
             f"validation.pairs={config.validation.pairs} must be at least the number of processes, {parallel.world}"
         )
     call = dict(config.model.call)
-    models = load_models(config, parallel.device, data.shapes(call))
+    models = load_models(config, parallel.device, data.shapes(call), mesh=parallel.sharing())
     batches = data.batches(models.pipe, models.objective, config)
     size = (call["height"], call["width"]) if call.get("height") and call.get("width") else (64, 64)
     prompts = (batches.prompts(0) * 2)[:2]  # there may be one
