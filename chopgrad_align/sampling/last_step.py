@@ -105,8 +105,9 @@ class RepeatedLastStep:
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
-        if scheduler is not self.loop.scheduler or self._is_last():
+        if scheduler is self.loop.scheduler and self._is_last():
             self._record.draw_again()
+        if scheduler is not self.loop.scheduler or self._is_last():
             return self._steps.step(original, scheduler, *args, **kwargs)
         self._steps.advance()
         latents = self._record.noised(scheduler, self._noise) if self._is_last() else self._record.clean

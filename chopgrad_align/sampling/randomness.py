@@ -46,7 +46,7 @@ def seeded_state(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def step_drawing_from(
-    generator: Generators, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any
+    generator: Generators, original: Callable[..., Any], scheduler: Any, /, *args: Any, **kwargs: Any
 ) -> Any:
     """Take the place of `scheduler.step`, and let it draw from generators unless its caller names some."""
     given = inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs)

@@ -2,8 +2,9 @@
 
 Let all data be one point c. A model that has learned them perfectly returns, for a mixture x = a c + s n of its
 probability path, exactly the output that belongs to c and n = (x - a c) / s. Then a sampler that takes the outputs for
-what they are ends in c, whatever its order, its number of steps and the noise that it adds. One that takes velocities
-for noise, believes in another noise schedule, or asks for times in another unit ends elsewhere.
+what they are ends in c, whatever its order, its number of steps and the noise that it adds, and on the way there n has
+unit variance. One that takes velocities for noise, believes in another noise schedule, or asks for times in another
+unit leaves the path or ends elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from torch import Tensor
 from .predictions.probability_paths import ProbabilityPath
 
 _TOLERANCE = 0.05  # in standard deviations of the data, beside the noise at time 0, where some schedulers end
-_LEAST_TIME = 1e-4  # schedulers round times, down to 0
+_NOISE_TOLERANCE = 1.25  # factor of its deviation; in 1024 numbers it is 1.02
+_LEAST_TIME = 1e-4  # schedulers round times, down to 0, after which small ones tell little of the noise
+_TELLING_TIME = 0.02
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class CannotSample(Exception):
         return cls(f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
 
 
-def try_scheduler(scheduler: Any, path: ProbabilityPath, use: SchedulerUse, steps: int) -> float:
+def try_scheduler(scheduler: Any, path: ProbabilityPath, use: SchedulerUse, steps: int, bounded: bool = False) -> float:
     """Sample a perfect model by a copy of a scheduler, as a pipeline would.
 
     Args:
@@ -89,68 +92,79 @@ def try_scheduler(scheduler: Any, path: ProbabilityPath, use: SchedulerUse, step
         path: Of the model.
         use: Of the pipeline.
         steps: `num_inference_steps`.
+        bounded: The data are in [-1, 1], as those of a scheduler that clips; else they are standard normal.
 
     Returns:
         The time of the first step, in (0, 1].
 
     Raises:
-        CannotSample: It raises an error, asks for a time that the model does not have, or does not end in the data.
+        CannotSample: It raises an error, asks for a time that the model does not have, leaves the path, or does not end
+            in the data.
     """
     try:
         with quiet():
-            first, error = _sample(copy.deepcopy(scheduler), path, use, steps)
+            return _sample(copy.deepcopy(scheduler), path, use, steps, bounded)
     except CannotSample:
         raise
     except Exception as error:  # each scheduler has its own ways to refuse
         raise CannotSample.by(error) from error
-    nothing = torch.zeros(())
-    if not error <= _TOLERANCE + path.noised(nothing, nothing + 1, 0.0):
-        raise CannotSample(
-            f"even a perfect model would be sampled with an error of {error:.2g} standard deviations of the data"
-        )
-    return first
 
 
-def _sample(scheduler: Any, path: ProbabilityPath, use: SchedulerUse, steps: int) -> tuple[float, float]:
-    shift = {"mu": 1.0} if use.brings_shift else {}
-    if use.brings_sigmas:
-        if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise CannotSample("the pipeline brings sigmas of its own, and it takes none")
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), **shift)
-    else:
-        scheduler.set_timesteps(steps, **shift)
-    generator = torch.Generator().manual_seed(0)
-    clean, latents = torch.randn(2, 1, 4, 4, 8, 8, generator=generator)
-    config = scheduler.config
-    if config.get("clip_sample") or config.get("thresholding"):  # made for data that are bounded
-        clean = clean.clamp(-1, 1)
+def _sample(scheduler: Any, path: ProbabilityPath, use: SchedulerUse, steps: int, bounded: bool) -> float:
+    _set_timesteps(scheduler, use, steps)
+    torch.default_generator.manual_seed(0)
+    clean, latents = torch.randn(2, 1, 4, 4, 8, 8)
+    clean = clean.clamp(-1, 1) if bounded else clean
     if use.scales_noise:
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    old, times = None, scheduler.timesteps
     scaled = getattr(scheduler, "scale_model_input", None) if use.scales_input else None
+    apart = type(scheduler).__name__ in use.knows and "old_pred_original_sample" in _parameters(scheduler.step)
+    old, times, first = None, scheduler.timesteps, 1.0
     for i, timestep in enumerate(times):
-        time = path.time(float(timestep))
-        if not 0 <= time <= 1:
+        if not 0 <= (time := path.time(float(timestep))) <= 1:
             raise CannotSample(f"it asks for the time {float(timestep):.4g}, which the model does not have")
         noised = latents if scaled is None else scaled(latents, timestep)
-        output = _perfect(path, clean, noised, max(time, _LEAST_TIME))
-        if type(scheduler).__name__ in use.knows and "old_pred_original_sample" in _parameters(scheduler.step):
+        noise = _noise(path, clean, noised, max(time, _LEAST_TIME))
+        deviation = noise.square().mean().sqrt().item()
+        first = deviation if i == 0 else first
+        low, high = min(1.0, first) / _NOISE_TOLERANCE, max(1.0, first) * _NOISE_TOLERANCE
+        if time > _TELLING_TIME and not low < deviation < high:
+            raise CannotSample(
+                f"at the time {float(timestep):.4g} the latents would hold {deviation:.2g} times the noise that the "
+                "model expects there"
+            )
+        output = path.output(clean, noise, max(time, _LEAST_TIME))
+        if apart:
             back = times[i - 1] if i else None
             latents, old = scheduler.step(output, old, timestep, back, latents, return_dict=False)
         else:
             latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
-    return path.time(float(times[0])), (latents - clean).square().mean().sqrt().item()
+    error, left = (latents - clean).square().mean().sqrt(), path.noised(torch.zeros(()), torch.ones(()), 0.0)
+    if not error <= _TOLERANCE + left:
+        raise CannotSample(
+            f"even a perfect model would be sampled with an error of {error:.2g} standard deviations of the data"
+        )
+    return path.time(float(times[0]))
 
 
-def _perfect(path: ProbabilityPath, clean: Tensor, noised: Tensor, time: float) -> Tensor:
-    """The output of a model that knows the clean latents."""
+def _set_timesteps(scheduler: Any, use: SchedulerUse, steps: int) -> None:
+    shift = {"mu": 1.0} if use.brings_shift else {}
+    if not use.brings_sigmas:
+        scheduler.set_timesteps(steps, **shift)
+    elif "sigmas" in _parameters(scheduler.set_timesteps):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), **shift)
+    else:
+        raise CannotSample("the pipeline brings sigmas of its own, and it takes none")
+
+
+def _noise(path: ProbabilityPath, clean: Tensor, noised: Tensor, time: float) -> Tensor:
+    """The noise of a mixture whose clean latents are known."""
     nothing = torch.zeros_like(clean)
-    noise = (noised - path.noised(clean, nothing, time)) / path.noised(nothing, nothing + 1, time)
-    return path.output(clean, noise, time)
+    return (noised - path.noised(clean, nothing, time)) / path.noised(nothing, nothing + 1, time)
 
 
-def _parameters(step: Any) -> set[str]:
-    return {*inspect.signature(step).parameters}
+def _parameters(method: Any) -> set[str]:
+    return {*inspect.signature(method).parameters}
 
 
 @contextmanager

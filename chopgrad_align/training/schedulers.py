@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -51,7 +52,7 @@ def replaced_scheduler(pipe: Any, settings: Mapping[str, Any], steps: Any) -> An
     if name not in known:
         raise UsageError(f"model.scheduler.name: diffusers has no {name!r}{nearest(name, known)}")
     _check_settings(name, getattr(diffusers, name), settings)
-    original = _Original.of(pipe, steps)
+    original = Original.of(pipe, steps)
     try:
         return original.replaced_by(name, settings)
     except CannotSample as error:
@@ -67,12 +68,13 @@ def replaced_scheduler(pipe: Any, settings: Mapping[str, Any], steps: Any) -> An
 
 
 @dataclass(frozen=True)
-class _Original:
+class Original:
     """The scheduler that a model came with, how its pipeline uses it, and what it tells of the model.
 
     Attributes:
         path: Of the model; None if it is not known, since the scheduler itself does not sample it.
         first: Time of the first step, in (0, 1].
+        bounded: The model's data are in [-1, 1], where the scheduler clips them.
     """
 
     scheduler: Any
@@ -80,18 +82,19 @@ class _Original:
     steps: int
     path: ProbabilityPath | None
     first: float
+    bounded: bool
 
     @classmethod
-    def of(cls, pipe: Any, steps: Any) -> _Original:
+    def of(cls, pipe: Any, steps: Any) -> Original:
         scheduler, use = pipe.scheduler, SchedulerUse.of(pipe)
         if type(steps) is not int or not 0 < steps <= 1000:
             given = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
             steps = given.default if given and type(given.default) is int else 10
-        try:
-            path = path_of(scheduler)
-            return cls(scheduler, use, steps, path, try_scheduler(scheduler, path, use, steps))
-        except (CannotSample, UsageError):
-            return cls(scheduler, use, steps, None, 0.0)
+        for bounded in (False, True):
+            with suppress(CannotSample, UsageError):
+                path = path_of(scheduler)
+                return cls(scheduler, use, steps, path, try_scheduler(scheduler, path, use, steps, bounded), bounded)
+        return cls(scheduler, use, steps, None, 0.0, False)
 
     def can_be(self, name: str) -> bool:
         try:
@@ -122,7 +125,7 @@ class _Original:
         except Exception as error:  # each scheduler has its own ways to refuse
             raise CannotSample.by(error) from error
         if self.path is not None:
-            first = try_scheduler(made, self.path, self.use, self.steps)
+            first = try_scheduler(made, self.path, self.use, self.steps, self.bounded)
             if first < self.first / 2:
                 raise CannotSample(f"in {self.steps} steps it would not begin with noise")
             self._expect_same_shift(made)
@@ -133,8 +136,8 @@ class _Original:
         if self.path is None:
             raise CannotSample("what its model predicts is not known")
         config, accepted = self.scheduler.config, inspect.signature(cls).parameters
-        carried = {"clip_sample": False} | {key: config[key] for key in _BOUNDS + _TIMES if key in config}
-        carried |= self.path.settings
+        kept = _TIMES + (_BOUNDS if self.bounded else ())
+        carried = {"clip_sample": False} | {key: config[key] for key in kept if key in config} | self.path.settings
         if (shift := _shift(config)) is not None:
             carried |= dict.fromkeys(_SHIFTS, shift)
         if settings.keys() & _NOISE_SCHEDULE:
