@@ -240,7 +240,7 @@ class Broken:
         (["model.scheduler.self=1"], r"model.scheduler: UniPC\w+ has no setting 'self'"),
         (["model.scheduler={name: [1]}"], r"model.scheduler.name: diffusers has no \[1\]"),
         (["model.scheduler={name: DDIMScheduler, beta_schedule: x}"], r"DDIM\w+ cannot sample .*: x is not imple"),
-        (["model.scheduler={name: DDIMScheduler, prediction_type: epsilon}"], r"predicts velocities of a flow: ev"),
+        (["model.scheduler={name: DDIMScheduler, prediction_type: epsilon}"], r"predicts velocities of a flow: at the"),
         (["lora.rank=1000"], r"lora.rank=1000: the targets in transformer have full rank at \d+; choose less$"),
         (["lora.targets='.*'"], r"lora: peft refuses the targets or settings for transformer \(Target module"),
         (["rewards.x.name=r.py:Broken"], r"rewards.x: reward 'r.py:Broken' cannot be made with no arguments; it"),

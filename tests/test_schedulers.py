@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -26,17 +27,10 @@ pytestmark = [
 ]
 
 NAMES = [name.removesuffix("Scheduler") for name in dir(diffusers) if name.endswith("Scheduler")]
-SAMPLERS = {
-    "flow": "DPMSolverMultistep DPMSolverSinglestep FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete "
-    "FlowMatchLCM UniPCMultistep",
-    "noise": "CogVideoXDDIM DDIMParallel DDIM DDPMParallel DDPM DEISMultistep DPMSolverMultistep DPMSolverSinglestep "
-    "EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM LMSDiscrete PNDM "
-    "SASolver TCD UniPCMultistep",
-    "v": "CogVideoXDDIM CogVideoXDPM DDIMParallel DDIM DDPMParallel DDPM DEISMultistep DPMSolverMultistep "
-    "DPMSolverSinglestep EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LCM "
-    "LMSDiscrete PNDM SASolver TCD UniPCMultistep",
-}
-"""Of each kind of model, the schedulers that sample it in 16 steps; those that need torchsde left out."""
+DOCUMENT = Path(__file__).parents[1] / "docs" / "schedulers.md"
+ROWS = [line.split("|")[2] for line in DOCUMENT.read_text().splitlines() if ", by " in line]
+SAMPLERS = dict(zip(("flow", "noise", "v"), (row.replace(" ", "").split(",") for row in ROWS), strict=True))
+"""Of each kind of model, the schedulers that sample it; those that need torchsde left out."""
 NEEDS_TORCHSDE = {"DPMSolverSDE", "CosineDPMSolverMultistep"}
 CONSISTENCY = {"FlowMatchLCM", "LCM"}
 """Samplers that draw anew from a prediction of the data, which is exact for consistency models alone."""
@@ -57,7 +51,7 @@ def pipes():
 def test_the_schedulers_that_can(kind, pipes):
     original = Original.of(pipes[kind], 16)
     can = {name for name in NAMES if original.can_be(f"{name}Scheduler")}
-    assert can - NEEDS_TORCHSDE == set(SAMPLERS[kind].split())
+    assert can - NEEDS_TORCHSDE == set(SAMPLERS[kind])
 
 
 class Gaussian:
@@ -75,7 +69,7 @@ class Gaussian:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in SAMPLERS for name in SAMPLERS[kind].split()])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in SAMPLERS for name in SAMPLERS[kind]])
 def test_the_pipeline_samples_the_models_distribution(kind, name, pipes, monkeypatch):
     """The pipeline's own code, whose denoiser is the exact model."""
     pipe = pipes[kind]
@@ -103,7 +97,7 @@ def test_the_pipeline_samples_the_models_distribution(kind, name, pipes, monkeyp
 
 
 @pytest.mark.parametrize("own", ["euler", "unipc"])
-@pytest.mark.parametrize("name", SAMPLERS["flow"].split())
+@pytest.mark.parametrize("name", SAMPLERS["flow"])
 def test_the_shift_is_carried_over(own, name):
     pipe = tiny_pipelines.wan_t2v(own)
     scheduler = replaced_scheduler(pipe, {"name": f"{name}Scheduler"}, 12)
@@ -239,7 +233,7 @@ def test_other_solvers_of_the_embedded_pipeline_reach_its_latents(embedded, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLERS["flow"].split())
+@pytest.mark.parametrize("name", SAMPLERS["flow"])
 def test_scores_of_the_embedded_pipeline(name, embedded, monkeypatch):
     """0.844 by its own scheduler; 0.42 by UniPC and DPM++ that took its velocities for noise."""
     pipe, call, prompts = embedded

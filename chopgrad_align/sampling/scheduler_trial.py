@@ -54,7 +54,6 @@ class SchedulerUse:
         """Read it from the source of the pipeline's class."""
         call, latents = (_source(pipe, name) for name in ("__call__", "prepare_latents"))
         attributes = {node.attr for node in [*call, *latents] if isinstance(node, ast.Attribute)}
-        attributes |= {node.value for node in [*call, *latents] if isinstance(node, ast.Constant)}  # hasattr(…, "name")
         assigned = {node.id for node in call if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         passed = {keyword.arg for node in call if isinstance(node, ast.Call) for keyword in node.keywords}
         return cls(

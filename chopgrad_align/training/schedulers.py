@@ -137,12 +137,13 @@ class Original:
             raise CannotSample("what its model predicts is not known")
         config, accepted = self.scheduler.config, inspect.signature(cls).parameters
         kept = _TIMES + (_BOUNDS if self.bounded else ())
-        carried = {"clip_sample": False} | {key: config[key] for key in kept if key in config} | self.path.settings
+        carried: dict[str, Any] = {"clip_sample": False, **{key: config[key] for key in kept if key in config}}
+        carried |= self.path.settings
         if (shift := _shift(config)) is not None:
             carried |= dict.fromkeys(_SHIFTS, shift)
         if settings.keys() & _NOISE_SCHEDULE:
             carried.pop("trained_betas", None)
-        made = cls(**{key: value for key, value in carried.items() if key in accepted} | settings)
+        made = cls(**{key: value for key, value in {**carried, **settings}.items() if key in accepted})
         made.register_to_config(**{key: config[key] for key in _READ if key in config.keys() - accepted})
         return made
 
@@ -185,10 +186,8 @@ def _check_settings(name: str, cls: type, settings: Mapping[str, Any]) -> None:
         ):
             kinds = " or ".join(sorted(kind.__name__ for kind in allowed - {type(None)}))
             raise UsageError(f"{argument}: expected {kinds}, got {shown(value)}")
-        if get_origin(annotation) is Literal and value not in allowed:
-            raise UsageError(
-                f"{argument}: expected one of {', '.join(map(str, get_args(annotation)))}, got {shown(value)}"
-            )
+        if get_origin(annotation) is Literal and value not in (choices := get_args(annotation)):
+            raise UsageError(f"{argument}: expected one of {', '.join(map(str, choices))}, got {shown(value)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{argument}: expected a finite number, got {value}")
         if key.endswith("shift") and isinstance(value, float | int) and not isinstance(value, bool) and value <= 0:
