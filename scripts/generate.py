@@ -113,6 +113,7 @@ def generate(args: argparse.Namespace) -> None:
     from chopgrad_align.data.video import write_video
     from chopgrad_align.sampling.initial_noise import starting_from
     from chopgrad_align.sampling.predictions.latents import frame_axis
+    from chopgrad_align.sampling.randomness import seeded
     from chopgrad_align.training.batches import call_inputs
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,7 +138,8 @@ def generate(args: argparse.Namespace) -> None:
         if condition.image:
             inputs["image"] = load_image(str(condition.image))
         try:
-            with nullcontext() if noise is None else starting_from(pipe, noise, frame_axis(pipe)):
+            start = nullcontext() if noise is None else starting_from(pipe, noise, frame_axis(pipe))
+            with start, seeded(pipe, inputs["generator"], args.seed + index):
                 video = pipe(**{**call, **inputs}, output_type="pt").frames[0]
         except (ValueError, TypeError) as error:  # diffusers checks a call's arguments, and only those, with these
             raise UsageError(f"{type(pipe).__name__} refuses the call: {error}") from error

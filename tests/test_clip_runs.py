@@ -75,7 +75,7 @@ def test_a_role_that_the_data_do_not_have_is_found_before_a_model_is_loaded(conf
     ("overrides", "message"),
     [
         (["prediction.columns={vidoe: degraded}"], r"WanPipeline takes no argument 'vidoe'"),
-        (["model.scheduler.name=EDMEulerScheduler"], r"EDMEulerScheduler would take them for noise"),
+        (["model.scheduler.name=EDMEulerScheduler"], r"EDMEulerScheduler cannot sample this model, which predicts vel"),
     ],
 )
 def test_what_the_pipeline_cannot_do_is_found_before_rewards_are_loaded(configure, monkeypatch, overrides, message):

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..common.errors import UsageError
 from .guidance_branches import GuidanceBranches
+from .randomness import Generators, step_drawing_from
 from .recomputation import recomputed
 from .sampling_loop import SamplingLoop
 from .steps import StepPlan, StepPolicy, plan_of
@@ -31,11 +32,20 @@ class GradientSteps:
         policy: Is asked for a plan when the denoiser is first called, which is when the number of steps is known.
         seed: Of the plan.
         observe: Is told of the denoiser's calls that have a graph; not of a controlnet's.
+        generator: Of the call; the scheduler draws from it.
     """
 
-    def __init__(self, pipe: Any, policy: StepPolicy, seed: int, observe: Observe | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        policy: StepPolicy,
+        seed: int,
+        observe: Observe | None = None,
+        generator: Generators = None,
+    ) -> None:
         self.loop = SamplingLoop(pipe)
         self.branches = GuidanceBranches()
+        self.generator = generator
         self._policy, self._seed, self._observe = policy, seed, observe
         self._plan: StepPlan | None = None
         self._controlnet = pipe.components.get("controlnet")
@@ -52,7 +62,7 @@ class GradientSteps:
         """Take the place of `scheduler.step`."""
         if scheduler is self.loop.scheduler and self._carries_gradient() and not self.plan.unconditional:
             self.branches.detach(scheduler, args, kwargs)
-        result = original(scheduler, *args, **kwargs)
+        result = step_drawing_from(self.generator, original, scheduler, *args, **kwargs)
         if scheduler is self.loop.scheduler:
             self.advance()
         return result

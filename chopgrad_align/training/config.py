@@ -104,7 +104,8 @@ class Model:
     loras: dict[TermName, FusedLora] = field(default_factory=dict)
     """Fused into the weights as these are loaded, in order: of few-step distillation, or of an earlier run."""
     scheduler: dict[str, Any] = field(default_factory=dict)
-    """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone."""
+    """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone. What the
+    model was trained as, and the shift of its times, are carried over to another class."""
     call: dict[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call: height, width, num_frames, num_inference_steps, guidance_scale, …"""
     noise: Named | None = None

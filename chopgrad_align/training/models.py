@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..common.arguments import nearest, shown, usable_path
+from ..common.arguments import usable_path
 from ..common.errors import UsageError, located
 from ..common.loading import construct
 from ..objective.losses import load_loss
@@ -24,6 +22,7 @@ from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
 from .config import Term as OwnTerm
 from .lora import TRAINED, fuse_lora, lora_file
+from .schedulers import replaced_scheduler
 from .sharding import read_sharded
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ def load_pipeline(model: Model, mesh: DeviceMesh | None = None) -> Any:
     for lora in model.loras.values():
         fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second)
     if model.scheduler:
-        pipe.scheduler = _scheduler(pipe, dict(model.scheduler), model.call.get("num_inference_steps"))
+        pipe.scheduler = replaced_scheduler(pipe, model.scheduler, model.call.get("num_inference_steps"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -126,66 +125,6 @@ def check_prediction(pipe: Any, config: Config) -> None:
         known_family(pipe)
     if type(pipe).__name__ == "WanVACEPipeline" and max(config.train.micro_batch, config.validation.batch) > 1:
         raise UsageError("WanVACEPipeline takes one clip a call: set train.micro_batch=1 and validation.batch=1")
-
-
-def _scheduler(pipe: Any, settings: dict[str, Any], steps: Any) -> Any:
-    import diffusers
-
-    name = settings.pop("name", type(pipe.scheduler).__name__)
-    known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
-    if name not in known:
-        raise UsageError(f"model.scheduler.name: diffusers has no {name!r}{nearest(name, known)}")
-    cls = getattr(diffusers, name)
-    accepted = inspect.signature(cls).parameters
-    for key, value in settings.items():
-        if key not in accepted:
-            raise UsageError(f"model.scheduler: {name} has no setting {key!r}{nearest(key, accepted)}")
-        _check_setting(f"model.scheduler.{key}", value, accepted[key].annotation)
-    try:
-        scheduler = cls.from_config(pipe.scheduler.config, **settings)
-        if not scheduler.config.get("use_dynamic_shifting"):  # or the pipeline tells the shift for its size
-            _take_a_step(cls.from_config(scheduler.config), steps if type(steps) is int and 0 < steps <= 1000 else 10)
-    except Exception as error:  # each scheduler has its own ways to refuse
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(f"model.scheduler: {name} refuses {settings} ({type(error).__name__}: {reason})") from error
-    if _is_flow(pipe.scheduler) and not _is_flow(scheduler):
-        raise UsageError(
-            f"model.scheduler: the model predicts velocities of a flow, and {name} would take them for noise; add "
-            "prediction_type=flow_prediction and use_flow_sigmas=true, or take a FlowMatch scheduler"
-        )
-    return scheduler
-
-
-def _take_a_step(scheduler: Any, steps: int) -> None:
-    """Let a scheduler make its times and use the first of them, as a pipeline would; raise whatever it raises."""
-    scheduler.set_timesteps(steps)
-    times, sample = torch.as_tensor(scheduler.timesteps), torch.zeros(1, 1, 1, 1, 1)
-    highest = scheduler.config.num_train_timesteps if _is_flow(scheduler) else math.inf
-    if not times.isfinite().all() or times.max() > highest or (_is_flow(scheduler) and times.min() < 0):
-        raise ValueError(f"its times would be {times.tolist()[:3]}, …")
-    if hasattr(scheduler, "scale_model_input"):
-        sample = scheduler.scale_model_input(sample, times[0])
-    scheduler.step(sample, times[0], sample)
-
-
-def _is_flow(scheduler: Any) -> bool:
-    return type(scheduler).__name__.startswith("FlowMatch") or (
-        scheduler.config.get("prediction_type") == "flow_prediction"
-    )
-
-
-def _check_setting(argument: str, value: Any, annotation: Any) -> None:
-    """Raise a UsageError for another type than a signature declares, as far as it declares one."""
-    allowed = set(get_args(annotation) or [annotation])
-    if allowed <= {bool, int, float, str, type(None)} and not (
-        type(value) in allowed or (float in allowed and type(value) is int)
-    ):
-        kinds = " or ".join(sorted(kind.__name__ for kind in allowed - {type(None)}))
-        raise UsageError(f"{argument}: expected {kinds}, got {shown(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{argument}: expected a finite number, got {value}")
-    if argument.endswith("shift") and isinstance(value, float | int) and not isinstance(value, bool) and value <= 0:
-        raise UsageError(f"{argument}: expected a number above 0, got {value}")
 
 
 def load_objective(
