@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain, dropwhile, pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ from .video_stream import VideoStream
 
 _INDEXED = ("matroska", "mov")
 _LONGEST_STEP = 60.0  # seconds from one frame to the next; more is a jump of the clock
+_FIRST_STEP_BACK = 0.25  # seconds; then twice as far each time
 _REORDERED_SECONDS = 1.0  # from the packet of a frame to those of frames before it, more than enough
 _UNCLEAR_SECONDS = 0.25  # containers round and guess their own length
 _FIELD_PACKETS = 1.6  # packets a frame, above which they are taken for the two fields of one
@@ -77,7 +79,7 @@ class Stamped:
             if frames is not None:
                 return self._timed(video, frames)
             # Many containers are searched by decoding time or by bytes, which can end behind the frame.
-            back = 2 * back or 1.0
+            back = 2 * back or _FIRST_STEP_BACK
         return None
 
     def from_first(self, video: VideoStream) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -133,8 +135,10 @@ class Ordered:
         return ((number / self.fps, frame) for number, frame in enumerate(video.decode(video.packets())))
 
 
-def read_timeline(reopen: Callable[[], AbstractContextManager[VideoStream]]) -> tuple[Timeline, av.VideoFrame]:
-    """The timeline of a file, and its first frame.
+def read_timeline(
+    reopen: Callable[[], AbstractContextManager[VideoStream]],
+) -> tuple[Timeline, av.VideoFrame, Fraction | None]:
+    """The timeline of a file, its first frame, and the width of a pixel by its height.
 
     Args:
         reopen: Opens the file at its beginning.
@@ -144,17 +148,18 @@ def read_timeline(reopen: Callable[[], AbstractContextManager[VideoStream]]) -> 
     """
     with reopen() as video:
         if _indexed(video):
-            first = _first(next(video.decode(video.packets()), None), video)
-            rate = _indexed_rate(video)
-            return _stamped(video, first, list(_tail(video)), rate, None), first
+            first, _ = _decoded(video)
+            timeline: Timeline = _stamped(video, first, list(_tail(video)), _indexed_rate(video), None)
+            return timeline, first, video.stream.sample_aspect_ratio
         packets = [_Stamp.of(packet) for packet in video.packets() if packet.size]
-        seekable = video.has_presentation_times or not video.stream.codec_context.has_b_frames
     with reopen() as video:
-        if seekable and _regular(packets, video):
-            first = _first(next(video.decode(video.packets()), None), video)
+        first, rest = _decoded(video)
+        if _regular(packets, video):
             keys = frozenset((packet.pts, packet.size) for packet in packets if packet.key)
-            return _stamped(video, first, packets, _counted_rate(packets, first, video), keys), first
-        return _ordered(video)
+            timeline = _stamped(video, first, packets, _counted_rate(packets, first, video), keys)
+        else:
+            timeline = _ordered(video, 1 + sum(1 for _ in rest))
+        return timeline, first, video.stream.sample_aspect_ratio
 
 
 class _Stamp(NamedTuple):
@@ -171,10 +176,13 @@ class _Stamp(NamedTuple):
         return _Stamp(packet.pts, packet.dts, packet.duration or 0, packet.size, packet.is_keyframe)
 
 
-def _first(frame: av.VideoFrame | None, video: VideoStream) -> av.VideoFrame:
-    if frame is None:
+def _decoded(video: VideoStream) -> tuple[av.VideoFrame, Iterator[av.VideoFrame]]:
+    """The first frame and those after it."""
+    frames = video.decode(video.packets())
+    first = next(frames, None)
+    if first is None:
         raise BadFile("unreadable", video.name, "no frame can be decoded; encode it again")
-    return frame
+    return first, frames
 
 
 def _indexed(video: VideoStream) -> bool:
@@ -196,6 +204,8 @@ def _tail(video: VideoStream) -> Iterator[_Stamp]:
 
 def _regular(packets: Sequence[_Stamp], video: VideoStream) -> bool:
     """Tell whether packets are complete in their times, without jumps, so that a time means one frame."""
+    if not video.has_presentation_times and video.stream.codec_context.has_b_frames:
+        return False
     shown = sorted(packet.pts for packet in packets if packet.pts is not None)
     decoded = [packet.dts for packet in packets if packet.dts is not None]
     longest = _LONGEST_STEP / video.time_base if video.clock_may_jump else math.inf
@@ -236,17 +246,14 @@ def _stamped(
     start = math.inf if first.pts is None else float(first.pts * video.time_base)
     if not rate or end is None or end <= start:
         raise _timeless(video)
-    return Stamped(rate, last - start, end - start, start, keys)
+    return Stamped(rate if last > start else 1 / (end - start), last - start, end - start, start, keys)
 
 
-def _ordered(video: VideoStream) -> tuple[Ordered, av.VideoFrame]:
-    frames = video.decode(video.packets())
-    first = _first(next(frames, None), video)
+def _ordered(video: VideoStream, count: int) -> Ordered:
     if not video.rate:
         raise _timeless(video)
-    timeline = Ordered(video.rate, 1 + sum(1 for _ in frames))
-    _check_claim(video, timeline.seconds)
-    return timeline, first
+    _check_claim(video, count / video.rate)
+    return Ordered(video.rate, count)
 
 
 def _timeless(video: VideoStream) -> BadFile:

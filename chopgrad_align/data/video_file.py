@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import torch
@@ -43,11 +42,7 @@ class VideoFile:
             BadFile: Unreadable, of an unknown codec, audio only, truncated, HDR, or rotated by no quarter turn.
         """
         content = _content(source)
-        if isinstance(content, Path) and content.stat().st_size == 0:
-            raise BadFile("unreadable", name, "the file is empty; copy or download it again")
-        with opened(content, name, "unreadable") as video:
-            aspect = video.stream.sample_aspect_ratio
-        timeline, frame = read_timeline(lambda: opened(content, name, "unreadable"))
+        timeline, frame, aspect = read_timeline(lambda: opened(content, name, "unreadable"))
         height, width = upright_rgb(frame, aspect, background, name).shape[1:]
         return VideoFile(source, name, background, height, width, timeline)
 

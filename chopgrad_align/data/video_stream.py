@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def opened(content: Content, name: str, kind: str, when: str = "") -> Iterator[V
     """Open a file; what is raised in the block for a broken one is a `BadFile` of this kind."""
     file = io.BytesIO(content) if isinstance(content, bytes) else str(content)
     try:
+        if not (content if isinstance(content, bytes) else os.path.getsize(content)):
+            raise BadFile("unreadable", name, "the file is empty; copy or download it again")
         # A title in another encoding than UTF-8 says nothing of the pixels.
         with av.open(file, "r", metadata_errors="replace") as container:
             container.flags &= ~_MISSING_TIMES_ARE_MADE_UP.value
