@@ -130,7 +130,7 @@ class Case:
     patch: Callable[[bytes], bytes] | None = None
     """What becomes of the file."""
     audio: bool = False
-    """Whether silence goes with it, for longer than the video."""
+    """Silence goes with it, for longer than the video."""
 
     @property
     def id(self) -> str:

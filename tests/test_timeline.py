@@ -57,7 +57,7 @@ def every_frame(path):
         if stream.metadata.get("alpha_mode") == "1":
             decoder = av.CodecContext.create("libvpx-vp9", "r")
         frames = [f for packet in container.demux(stream) for f in decoder.decode(packet if packet.size else None)]
-        video = torch.stack([upright_rgb(frame) for frame in frames])
+        video = torch.stack([upright_rgb(frame, stream.sample_aspect_ratio) for frame in frames])
         return video, [frame.pts and float(frame.pts * stream.time_base) for frame in frames]
 
 
@@ -107,7 +107,7 @@ def test_strides_rates_and_starts_count_frames_alike_in_every_container(tmp_path
     path = CASES[name].write(tmp_path)
     rows, bucket = [Row(name, "", {"target": path})], [Bucket(5, 64, 64)]
 
-    def found(steps=12, **arguments):
+    def found(steps=24, **arguments):
         clips = Clips(rows, bucket, **arguments)
         return {tuple(numbers(clips.clip(0, 0, step).videos["target"])) for step in range(steps)}
 

@@ -50,7 +50,7 @@ class Timeline(Protocol):
         """End of the last frame."""
 
     def from_key(self, video: VideoStream, time: float) -> Iterator[tuple[float, av.VideoFrame]] | None:
-        """Frames with their times from a key frame that is not after `time`; None if the first frame is the only one.
+        """Frames with their times from a key frame on that is not after `time`; None if there is no sure one.
 
         Leaves the file in an unknown place if it returns None.
         """

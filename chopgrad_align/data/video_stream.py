@@ -38,12 +38,12 @@ class VideoStream:
 
     @property
     def has_presentation_times(self) -> bool:
-        """Whether packets say when they are shown, and not only when they are decoded, or nothing at all."""
+        """True if packets say when they are shown, and not only when they are decoded, or nothing at all."""
         return self.format != "avi" and not self._is(FormatFlags.no_timestamps)
 
     @property
     def clock_may_jump(self) -> bool:
-        """Whether time stamps may begin anew at any place, as where one broadcast follows another."""
+        """True if time stamps may begin anew at any place, as where one broadcast follows another."""
         return self._is(FormatFlags.ts_discont)
 
     @property
@@ -88,9 +88,9 @@ def opened(content: Content, name: str, kind: str, when: str = "") -> Iterator[V
             container.flags &= ~_MISSING_TIMES_ARE_MADE_UP.value
             yield VideoStream(container, _stream(container, name), name)
     except (OSError, av.error.FFmpegError) as error:
-        raise BadFile(kind, name, f"{error.strerror or error}{when}") from None
+        raise BadFile(kind, name, f"{error.strerror or error}{when}; copy or encode it again") from None
     except (ValueError, ArithmeticError) as error:  # sizes, rates and times of a broken header: Python's own complaints
-        raise BadFile(kind, name, f"{error}{when}") from None
+        raise BadFile(kind, name, f"{error}{when}; encode it again") from None
 
 
 def _stream(container: InputContainer, name: str) -> av.VideoStream:
