@@ -7,6 +7,7 @@ import random
 import struct
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -28,6 +29,7 @@ from chopgrad_align.data.order import batch_at
 from chopgrad_align.data.procedural import texture_clip
 from chopgrad_align.data.source import BadFile, Row
 from chopgrad_align.data.table import is_one_split, read_dataset
+from chopgrad_align.data.video_stream import VideoStream
 from chopgrad_align.data.videofolder import read_folder
 
 HEIGHT, WIDTH, RATE = 48, 64, 25
@@ -189,9 +191,9 @@ def test_a_clip_from_the_end_of_a_long_file_reads_little_of_it(tmp_path, monkeyp
             read_bytes[0] += len(data)
             return data
 
-    decode = video_file._decode
-    monkeypatch.setattr(video_file, "_decode", lambda *a: (decoded.append(f[0]) or f for f in decode(*a)))
-    monkeypatch.setattr(video_file, "_file", lambda source: Counting(path.read_bytes()))
+    decode, opened = VideoStream.decode, av.open
+    monkeypatch.setattr(VideoStream, "decode", lambda *a: (decoded.append(f.pts) or f for f in decode(*a)))
+    monkeypatch.setattr(av, "open", lambda file, *a, **b: opened(Counting(Path(file).read_bytes()), *a, **b))
     footage = open_footage(path, "long")
     assert len(decoded) == 1
     assert read_bytes[0] < path.stat().st_size / 4
