@@ -24,6 +24,7 @@ from ..objective.losses.protocol import FrameLoss
 from ..objective.objective import Objective
 from ..objective.reward import FrameReward
 from ..objective.statistics import Statistics
+from ..sampling.call_shape import as_taken
 from ..training.average import Average
 from ..training.build import Models, load_models, make_method
 from ..training.config import Clips, Config
@@ -208,7 +209,9 @@ class Loaded:
 def load(config: Config, new_weights: AbstractContextManager[Any] | None = None) -> Loaded:
     """Load what a run trains with, as the trainer does; `new_weights` is the context in which its LoRA is made."""
     with _shapes_of_default_checkpoints_only():
-        models = load_models(config, torch.device("cpu"), [{**config.model.call, **_shape(config)}], new_weights)
+        models = load_models(
+            config, torch.device("cpu"), lambda pipe: [{**config.model.call, **_shape(config)}], new_weights
+        )
     models.trainable.train()
     batch, encoders = micro_batch(config, models.pipe, models.objective), 0
     if config.model.encode_prompts_once:
@@ -315,7 +318,7 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     size, shape = config.train.micro_batch, _shape(config)
     videos = _videos(config, config.data.clips, *shape.values()) if config.data.clips else {}
     return MicroBatch(
-        inputs=_inputs(pipe, {**config.model.call, **shape}, size) | shape,
+        inputs=_inputs(pipe, {**config.model.call, **shape}, size) | as_taken(pipe, shape),
         prompts=["a video"] * size,
         frame_seeds=list(range(size)),
         weights=None if videos else {name: [1.0] * size for name in objective.terms},

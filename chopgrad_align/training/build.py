@@ -17,6 +17,7 @@ from ..common.errors import UsageError, located
 from ..common.loading import construct, construct_known
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
+from ..sampling.call_shape import as_taken
 from ..sampling.rollout import check_call
 from . import guard
 from .average import Average
@@ -48,7 +49,7 @@ class Models:
 def load_models(
     config: Config,
     device: torch.device,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Callable[[Any], Sequence[Mapping[str, Any]]],
     new_weights: AbstractContextManager[Any] | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Models:
@@ -57,7 +58,7 @@ def load_models(
     Args:
         config: Of the run.
         device: Where rewards and losses go.
-        calls: Arguments of the pipeline's call for each shape of video that it will make.
+        calls: From the pipeline to the arguments of each kind of call that it will make.
         new_weights: Context in which the trained weights are made.
         mesh: Processes that share one copy of the frozen denoisers.
 
@@ -68,7 +69,7 @@ def load_models(
         lora_file(Path(config.lora.start_from))
     pipe = load_pipeline(config.model, mesh)
     check_prediction(pipe, config)
-    _check_calls(pipe, config, calls)
+    _check_calls(pipe, config, calls(pipe))
     objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
     torch.manual_seed(config.run.seed)  # the first weights
     with shapes_of_the_whole(pipe), nullcontext() if new_weights is None else new_weights:
@@ -120,7 +121,8 @@ def _check_calls(pipe: Any, config: Config, calls: Sequence[Mapping[str, Any]]) 
                 raise UsageError(f"expected values by name, got {shown(value)}")
     with located("model.call"):
         for call in calls:
-            check_call(pipe, {**call, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
+            taken = as_taken(pipe, call) if config.data.clips else call
+            check_call(pipe, {**taken, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
         most = pipe.scheduler.config.get("num_train_timesteps", math.inf)
         if (config.model.call.get("num_inference_steps") or 0) > most:
             raise UsageError(f"num_inference_steps: expected at most {most}, the times that the scheduler has")
@@ -139,7 +141,7 @@ def make_method(
     """
     settings: dict[str, Any] = {
         "pipe": models.pipe,
-        "call": dict(config.model.call),
+        "call": as_taken(models.pipe, config.model.call) if config.data.clips else dict(config.model.call),
         "objective": models.objective,
         "steps": config.gradient.step_policy(),
         "backprop": config.gradient.policy(),

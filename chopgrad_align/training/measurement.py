@@ -20,6 +20,7 @@ from ..data.video import write_video
 from ..evaluation.witnesses import Witness, on_device
 from ..objective.objective import Objective
 from ..objective.terms import Reference
+from ..sampling.outputs import frames_of
 from ..sampling.predictions import Prediction
 from ..sampling.randomness import seeded
 from .batches import Batches
@@ -230,5 +231,5 @@ def predict(
     with prediction.prepare(pipe, batch.videos, batch.seeds, False, latents) as begun:
         inputs = call | dict(batch.inputs) | dict(begun.inputs)
         with seeded(pipe, inputs.get("generator"), mix(*batch.seeds)):
-            video = pipe(**inputs, output_type="pt").frames
-    return video, begun.reference()
+            output = pipe(**inputs, output_type="pt")
+    return frames_of(pipe, output), begun.reference()
