@@ -70,13 +70,16 @@ def _one_a_row(generator: Generators, sample: Tensor) -> Generators:
 
 
 def listed(generator: Generators) -> list[torch.Generator]:
+    """The generators, however many a call got."""
     return generator if isinstance(generator, list) else [] if generator is None else [generator]
 
 
 def states(generator: Generators) -> list[Tensor]:
+    """Their random states, for `restore`."""
     return [one.get_state() for one in listed(generator)]
 
 
 def restore(generator: Generators, states: list[Tensor]) -> None:
+    """Set the generators to states of theirs, so that they draw the same again."""
     for one, state in zip(listed(generator), states, strict=True):
         one.set_state(state)

@@ -23,7 +23,7 @@ class ProbabilityPath(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings by which schedulers of diffusers know the path; each of them has some."""
+        """Settings that tell a scheduler of diffusers of the path, whichever of them its class has."""
         ...
 
     def noised(self, clean: Tensor, noise: Tensor, time: float) -> Tensor:
