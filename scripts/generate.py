@@ -107,13 +107,13 @@ def generate(args: argparse.Namespace) -> None:
         raise UsageError(f"--lora-scale {args.lora_scale}: there is no LoRA; give --run or --lora too")
 
     import torch
-    from diffusers.utils import load_image
     from tqdm import tqdm
 
     from chopgrad_align.data.video import write_video
     from chopgrad_align.sampling.initial_noise import starting_from
     from chopgrad_align.sampling.predictions.latents import frame_axis
     from chopgrad_align.training.batches import call_inputs
+    from chopgrad_align.training.bound_conditions import bind
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config:
@@ -128,14 +128,15 @@ def generate(args: argparse.Namespace) -> None:
         load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale)
     call = _call_arguments(pipe, defaults, args)
     noise = config.model.initial_noise() if config else None
-    for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
+    rows = bind(pipe, conditions, config.data.ignore if config else ()).rows
+    for index, (row, path) in enumerate(zip(rows, tqdm(paths, unit="video"), strict=True)):
+        condition = row.condition
         pipe.set_progress_bar_config(desc=path.stem, leave=False)
         told = config.data.captions().told(condition.prompt) if config else condition.prompt
-        inputs = call_inputs(pipe, [told], [args.seed + index])
+        inputs = call_inputs(pipe, [told], [args.seed + index if condition.seed is None else condition.seed])
         if condition.negative_prompt is not None:
             inputs["negative_prompt"] = condition.negative_prompt
-        if condition.image:
-            inputs["image"] = load_image(str(condition.image))
+        inputs |= row.inputs(pipe, call)
         try:
             with nullcontext() if noise is None else starting_from(pipe, noise, frame_axis(pipe)):
                 video = pipe(**{**call, **inputs}, output_type="pt").frames[0]
