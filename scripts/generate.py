@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chopgrad_align.common import command_line as cli
-from chopgrad_align.common.errors import UsageError, exit_on_usage_error
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error, located
 from chopgrad_align.data.prompts import Condition, read_conditions
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def generate(args: argparse.Namespace) -> None:
     from chopgrad_align.data.video import write_video
     from chopgrad_align.sampling.initial_noise import starting_from
     from chopgrad_align.sampling.predictions.latents import frame_axis
+    from chopgrad_align.sampling.rollout import check_call
     from chopgrad_align.training.batches import call_inputs
     from chopgrad_align.training.bound_conditions import bind
 
@@ -129,6 +130,9 @@ def generate(args: argparse.Namespace) -> None:
     call = _call_arguments(pipe, defaults, args)
     noise = config.model.initial_noise() if config else None
     rows = bind(pipe, conditions, config.data.ignore if config else ()).rows
+    for row in (row for row in rows if row.constants):
+        with located(row.condition.place):
+            check_call(pipe, {**call, **row.constants})
     for index, (row, path) in enumerate(zip(rows, tqdm(paths, unit="video"), strict=True)):
         condition = row.condition
         pipe.set_progress_bar_config(desc=path.stem, leave=False)

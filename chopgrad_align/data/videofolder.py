@@ -25,7 +25,7 @@ from .table_file import (
     text_cell,
 )
 
-_METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 _VIDEO_LIST = "videos.txt"
 _CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 
@@ -195,7 +195,7 @@ def _captions_for(folder: Path, names: Collection[str]) -> list[Path]:
     Raises:
         UsageError: It has several.
     """
-    tables = [name for name in _METADATA if name in names]
+    tables = [name for name in METADATA if name in names]
     lists = [name for name in _CAPTION_LISTS if name in names] if _VIDEO_LIST in names else []
     if _VIDEO_LIST in names and not lists:
         raise UsageError(f"{folder} holds {_VIDEO_LIST} and no {' or '.join(_CAPTION_LISTS)}; add one, line by line")
