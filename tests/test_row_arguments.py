@@ -23,11 +23,11 @@ from chopgrad_align.training.run import train
 
 @pytest.fixture
 def folder(tmp_path):
-    """A video of 9 frames and its first 5, each 16x24, and pictures of 16x24."""
+    """A video of 9 frames and its first 5, each 16x32, and pictures of 16x32."""
     coarse = torch.rand(9, 3, 4, 6, generator=torch.Generator().manual_seed(0))
-    write_video(tmp_path / "nine.mp4", torch.nn.functional.interpolate(coarse, (16, 24)), 8)
+    write_video(tmp_path / "nine.mp4", torch.nn.functional.interpolate(coarse, (16, 32)), 8)
     for i in range(2):
-        tiny_pipelines.picture(i).resize((24, 16)).save(tmp_path / f"{i}.png")
+        tiny_pipelines.picture(i).resize((32, 16)).save(tmp_path / f"{i}.png")
     return tmp_path
 
 
@@ -51,13 +51,13 @@ def video(frames):
     return torch.stack([pil_to_tensor(frame) / 255 for frame in frames])
 
 
-def as_read(folder, count, width=24):
+def as_read(folder, count, width=32):
     """The first frames of the video, of which the middle columns are seen."""
-    frames = read_video(folder / "nine.mp4")[0][:count, :, :, (24 - width) // 2 : (24 + width) // 2]
+    frames = read_video(folder / "nine.mp4")[0][:count, :, :, (32 - width) // 2 : (32 + width) // 2]
     return (frames * 255).round() / 255
 
 
-WIDE = {"height": 16, "width": 24, "num_frames": 5}
+WIDE = {"height": 16, "width": 32, "num_frames": 5}
 
 
 # --- what a column means ----------------------------------------------------------------------------------------------
@@ -83,10 +83,10 @@ def test_video_mask_and_references(folder):
     assert torch.equal(
         video(given["mask"]), video([Image.open(folder / "0.png")] * 5)
     )  # a still mask is of every frame
-    assert [image.size for image in given["reference_images"]] == [(24, 16)] * 2
+    assert [image.size for image in given["reference_images"]] == [(32, 16)] * 2
     assert given["conditioning_scale"] == 0.5
     one = inputs(folder, "WanVACEPipeline", WIDE, reference_images="0.png")["reference_images"]
-    assert [image.size for image in one] == [(24, 16)]
+    assert [image.size for image in one] == [(32, 16)]
 
 
 def test_pose_and_face(folder):
@@ -105,7 +105,7 @@ def test_pose_and_face(folder):
     ids=["cogvideox", "cosmos"],
 )
 def test_control(folder, pipeline, column):
-    given = inputs(folder, pipeline, {"height": 16, "width": 24}, **{column: "nine.mp4"})
+    given = inputs(folder, pipeline, {"height": 16, "width": 32}, **{column: "nine.mp4"})
     assert torch.equal(video(given[column]), as_read(folder, 9))
 
 
@@ -113,7 +113,7 @@ def test_conditions_at_frames(folder):
     given = inputs(
         folder, "LTXConditionPipeline", WIDE, image=["0.png", "1.png"], frame_index=[0, 4], strength=[1.0, 0.5]
     )
-    assert [image.size for image in given["image"]] == [(24, 16)] * 2
+    assert [image.size for image in given["image"]] == [(32, 16)] * 2
     assert (given["frame_index"], given["strength"]) == ([0, 4], [1.0, 0.5])
     (frames,) = inputs(folder, "LTXConditionPipeline", WIDE, video="nine.mp4")["video"]  # one of several
     assert torch.equal(video(frames), as_read(folder, 5))
@@ -137,7 +137,7 @@ def test_a_table_of_text_says_the_same(folder):
     assert (condition.negative_prompt, condition.seed, condition.weight) == ("grey", 7, 2.0)
     bound, bare = bind(pipe, [condition, other]).rows
     assert bound.constants == {"num_frames": 5, "guidance_scale": 2.5}
-    given = bound.inputs(pipe, {"height": 16, "width": 24})
+    given = bound.inputs(pipe, {"height": 16, "width": 32})
     assert torch.equal(video(given["video"]), as_read(folder, 5))
     assert len(given["reference_images"]) == 2
     assert bare.inputs(pipe, {}) == {}
@@ -187,7 +187,7 @@ def batches(pipe, rows, buckets=(), size=2, **options):
     return PromptBatches(pipe, Objective(), bound, bound, size, 7, **options)
 
 
-SHAPES = [Bucket(5, 16, 16), Bucket(9, 16, 24)]
+SHAPES = [Bucket(5, 16, 16), Bucket(9, 16, 32)]
 
 
 def test_prompts_come_in_every_bucket_and_a_batch_in_one(folder):
@@ -210,7 +210,7 @@ def test_an_image_has_the_bucket_of_its_shape(folder):
 
 
 def test_a_video_has_a_bucket_that_it_is_long_enough_for(folder):
-    pipe, longer = without_weights("WanVACEPipeline"), Bucket(13, 16, 24)
+    pipe, longer = without_weights("WanVACEPipeline"), Bucket(13, 16, 32)
     (row,) = bind(pipe, rows_of(folder, {"video": "nine.mp4"}), buckets=[*SHAPES, longer]).rows
     assert row.bucket == SHAPES[1]
     assert torch.equal(video(row.inputs(pipe, {})["video"]), as_read(folder, 9))
@@ -275,10 +275,10 @@ def test_a_run_on_rows_with_videos_and_numbers_of_their_own(folder, models, caps
 
 
 def test_a_run_in_several_buckets(folder, models):
-    overrides = ["data.buckets=[[5,16,16],[9,16,24]]", "train.steps=2", "~model.call.num_frames", "validation.videos=2"]
+    overrides = ["data.buckets=[[5,16,16],[9,16,32]]", "train.steps=2", "~model.call.num_frames", "validation.videos=2"]
     train(tiny_runs.config(folder, models("wan_t2v", "euler"), *overrides))
     shapes = {tuple(read_video(path)[0].shape) for path in (folder / "run" / "samples").rglob("*.mp4")}
-    assert shapes == {(5, 3, 16, 16), (9, 3, 16, 24)}
+    assert shapes == {(5, 3, 16, 16), (9, 3, 16, 32)}
     assert all(row["grad_norm"] > 0 for row in tiny_runs.rows(folder / "run"))
 
 

@@ -208,9 +208,8 @@ def _of_lists(videos: Path, captions: Path) -> Listing:
     """The clips of two files with a line for each: a path, and a caption."""
     paths, texts = ([line.strip() for line in file_text(path).split("\n")] for path in (videos, captions))
     for lines in (paths, texts):
-        while lines and not lines[-1]:
+        while lines and not lines[-1]:  # a text editor adds such lines, and takes them away
             lines.pop()
-    # A last caption can be empty, and a text editor takes such lines away.
     if len(paths) != len(texts):
         raise UsageError(
             f"{videos} has {len(paths)} lines, and {captions.name} {len(texts)}: line by line a clip and its caption"
