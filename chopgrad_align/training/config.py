@@ -89,6 +89,8 @@ class FusedLora:
     scale: Finite = 1.0
     second: bool = False
     """Whether it is for `transformer_2`, of Wan 2.2's pair of transformers."""
+    partial: bool = False
+    """Leave out what of it does not fit the model; otherwise that is an error."""
 
 
 @_strict
@@ -137,6 +139,9 @@ class Lora:
     targets: Targets = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Names of the denoiser's linear layers, or one regular expression of whole names, which can choose blocks:
     blocks\\.(2[0-9])\\..*to_[qkv] are those of the blocks 20 to 29."""
+    denoisers: Annotated[list[Literal["transformer", "transformer_2", "unet"]], EachOnce] | None = None
+    """The denoisers that have one; default: all. Of Wan 2.2's pair the last steps, which are of low noise, are those of
+    `transformer_2`: with `gradient.last_steps` a LoRA on the other has no gradient."""
     rslora: bool = False
     """Scale by alpha / √rank (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
@@ -147,6 +152,8 @@ class Lora:
     weights, as PiSSA and OLoRA, are left out: such a LoRA could not be loaded into the model that it was made for."""
     start_from: Name | None = None
     """Folder or file of a LoRA of the same rank and layers, to go on from, such as that of an earlier run."""
+    partial: bool = False
+    """Take what fits of `start_from`; layers that it does not have start as new ones. Otherwise that is an error."""
     dropout: Fraction = 0.0
     """Of the LoRA's input. Above 0, results depend on the number of processes and on `train.micro_batch`."""
 

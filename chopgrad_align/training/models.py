@@ -23,7 +23,8 @@ from ..sampling.predictions.latents import known_family
 from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
 from .config import Term as OwnTerm
-from .lora import fuse_lora, lora_file
+from .lora import fuse_lora
+from .lora_files import lora_file, open_lora
 
 _LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffusion": "outputs"}
 
@@ -67,7 +68,7 @@ def check_model(model: Model) -> None:
     check_pipeline(model.name, "model.name")
     for name, lora in model.loras.items():
         if Path(lora.name).exists():
-            lora_file(Path(lora.name, lora.file or ""))
+            open_lora(lora_file(Path(lora.name, lora.file or "")))
         else:
             _expect_hub_id(lora.name, f"model.loras.{name}.name", "folder or file")
 
@@ -82,8 +83,9 @@ def load_pipeline(model: Model) -> Any:
     pipe = read_pipeline(
         model.name, "model.name", {"default": model.dtype, "vae": model.vae_dtype}, variant=model.variant
     )
-    for lora in model.loras.values():
-        fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second)
+    for name, lora in model.loras.items():
+        with located(f"model.loras.{name}"):
+            fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second, lora.partial)
     if model.scheduler:
         pipe.scheduler = _scheduler(pipe, dict(model.scheduler), model.call.get("num_inference_steps"))
     pipe.set_progress_bar_config(disable=True)
