@@ -83,7 +83,7 @@ def qwen_image_vae():
     )
 
 
-def mochi_vae(framewise: bool = False):
+def mochi_vae(framewise: bool = False, latent_channels: int = 4):
     """Group norms are over 32 groups, which is therefore the least width."""
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 
@@ -92,7 +92,7 @@ def mochi_vae(framewise: bool = False):
         in_channels=15,
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(32, 32, 32),
-        latent_channels=4,
+        latent_channels=latent_channels,
         layers_per_block=(3, 1, 1, 1),
         temporal_expansions=(1, 3),
         spatial_expansions=(2, 1),
@@ -169,7 +169,7 @@ def ltx2_vae(conditioned: bool = False):
         spatio_temporal_scaling=(True, True),
         decoder_spatio_temporal_scaling=(True, True),
         decoder_inject_noise=(conditioned,) * 3,
-        downsample_type=("spatial", "spatiotemporal"),
+        downsample_type=("temporal", "spatiotemporal"),
         upsample_type=("spatiotemporal", "temporal"),
         spatial_compression_ratio=4,
         upsample_residual=(True, True),

@@ -1,0 +1,176 @@
+"""Every video pipeline of diffusers: its rollout against its own call (bits) and plain autograd, and a step of a run.
+
+The reference knows nothing of schedulers: gradient begins where the pipeline's own progress bar says.
+"""
+
+import inspect
+import json
+import sys
+
+import every_pipeline
+import pytest
+import torch
+import torch.nn.attention.flex_attention
+from every_pipeline import ENTRIES
+from every_pipeline.entry import Entry
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from chopgrad_align.data.video import write_video
+from chopgrad_align.sampling.rollout import rollout
+from chopgrad_align.sampling.steps import LastSteps
+from chopgrad_align.training.config_file import load_config
+from chopgrad_align.training.run import train
+
+pytestmark = [
+    pytest.mark.slow,
+    # Of diffusers' code, about itself.
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(request):
+    """A pipeline and its entry, made once for all tests of the class."""
+    entry = ENTRIES[request.param]
+    return entry.make(), entry
+
+
+def classes(reason):
+    """Names of the entries, as cases of a test, of which those with a reason are expected to fail."""
+    return [
+        pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=why)] if (why := reason(entry)) else [])
+        for name, entry in ENTRIES.items()
+    ]
+
+
+@pytest.fixture(autouse=True)
+def flex_attention_on_a_cpu(monkeypatch):
+    """torch refuses its backward pass there, though the dense kernel that it falls back to has one."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *tensors: None)
+
+
+def test_every_class_is_listed():
+    assert every_pipeline.video_classes().keys() == {name.partition("/")[0] for name in ENTRIES}
+
+
+def denoisers(pipe) -> list[torch.nn.Module]:
+    found = (pipe.components.get(name) for name in ("transformer", "transformer_2", "unet"))
+    return [module for module in found if module is not None]
+
+
+def call_of(entry: Entry):
+    torch.manual_seed(4)  # some pipelines draw from the global generator
+    return {**entry.call, **entry.row, "generator": torch.Generator().manual_seed(3)}
+
+
+def frames_of(output) -> Tensor:
+    return output.frames if hasattr(output, "frames") else output.video
+
+
+class Loop:
+    """In place of a progress bar: gradient is enabled in the last iterations of the loop, and after it."""
+
+    def __init__(self, last: int, iterable=None, total=None):
+        self.last, self.iterable = last, iterable
+        self.left = len(iterable) if total is None else total
+        self.update(0)
+
+    def update(self, count=1):
+        self.left -= count
+        torch.set_grad_enabled(self.left <= self.last)
+
+    def __iter__(self):
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def reference(pipe, entry: Entry, last: int) -> Tensor:
+    """The pipeline's own call in grad mode, with every activation kept, in the last iterations of each of its loops."""
+    module = sys.modules[type(pipe).__module__]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(pipe, "progress_bar", lambda iterable=None, total=None: Loop(last, iterable, total))
+        patch.setattr(module, "tqdm", lambda iterable, **settings: Loop(last, iterable), raising=False)
+        return frames_of(inspect.unwrap(type(pipe).__call__)(pipe, **call_of(entry), output_type="pt"))
+
+
+def gradient(frames: Tensor, weights: list[Tensor]) -> Tensor:
+    torch.manual_seed(2)
+    score = (frames.double() * torch.randn(frames.shape, dtype=torch.float64)).mean()
+    found = torch.autograd.grad(score, weights, allow_unused=True)
+    return torch.cat([torch.zeros_like(w).flatten() if g is None else g.flatten() for g, w in zip(found, weights)])
+
+
+@pytest.mark.parametrize("tiny", classes(lambda entry: entry.fault), indirect=True)
+def test_rollout(tiny):
+    pipe, entry = tiny
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=entry.targets, init_lora_weights=False)  # both factors random
+    for denoiser in denoisers(pipe):
+        inject_adapter_in_model(config, denoiser)
+    weights = [w for denoiser in denoisers(pipe) for w in denoiser.parameters() if w.requires_grad]
+
+    expected = frames_of(pipe(**call_of(entry), output_type="pt"))
+    assert expected.std() > 0.01
+    seen = []
+    for last in (1, 2):
+        frames = rollout(pipe, LastSteps(last), **call_of(entry))
+        assert torch.equal(frames, expected)
+        kept = reference(pipe, entry, last)
+        assert torch.equal(kept, expected)
+        seen.append(gradient(frames, weights))
+        plain = gradient(kept, weights)
+        assert plain.isfinite().all()
+        assert plain.any()
+        assert (seen[-1] - plain).norm() <= 5e-6 * plain.norm()
+    assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("tiny", classes(lambda entry: entry.fault or entry.untrained), indirect=True)
+def test_run(tiny, tmp_path):
+    pipe, entry = tiny
+    pipe = entry.make()  # without a LoRA
+    pipe.save_pretrained(tmp_path / "model")
+    row = {key: as_file(value, tmp_path / key) for key, value in entry.row.items()}
+    (tmp_path / "row.jsonl").write_text(json.dumps(row))
+    settings = {
+        "run": {"folder": str(tmp_path / "run")},
+        "model": {"name": str(tmp_path / "model"), "call": {**entry.call}},
+        "data": {"train": str(tmp_path / "row.jsonl"), "held_out": str(tmp_path / "row.jsonl")},
+        "rewards": {"colour": {"name": "colorfulness"}},
+        "lora": {"rank": 2, "targets": entry.targets if isinstance(entry.targets, str) else [*entry.targets]},
+        "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-3},
+        "validation": {"pairs": 2, "videos": 1},
+        "witnesses": dict.fromkeys(("motion", "flow", "flicker", "saturation", "contrast", "sharpness", "distance")),
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    train(load_config(tmp_path / "config.yaml"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    norms = [row["grad_norm"] for row in rows if "grad_norm" in row]
+    assert len(norms) == 1
+    assert norms[0] > 0
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def as_file(value, path):
+    """A value of a row as its file has it: a text or a number, or the path of an image or a video."""
+    if isinstance(value, Image.Image):
+        value.save(path.with_suffix(".png"))
+        return path.with_suffix(".png").name
+    if isinstance(value, list) and isinstance(value[0], Image.Image):
+        video = torch.stack([pil_to_tensor(frame) / 255 for frame in value])
+        write_video(path.with_suffix(".mp4"), video, 8)
+        return path.with_suffix(".mp4").name
+    return value
