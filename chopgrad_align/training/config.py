@@ -102,6 +102,12 @@ class Model:
     vae_dtype: Dtype = "float32"
     variant: Name | None = None
     """Of the weight files, such as fp16."""
+    revision: Name | None = None
+    """Branch, tag or commit of the hub repository, if not its main branch."""
+    pipeline: Name | None = None
+    """Class of diffusers to load it as, such as AnimateDiffPipeline; default: that which it names itself."""
+    components: dict[Name, Name] = field(default_factory=dict)
+    """Models of diffusers in the place of its own, or beside them: folder or hub id by name, such as motion_adapter."""
     loras: dict[TermName, FusedLora] = field(default_factory=dict)
     """Fused into the weights as these are loaded, in order: of few-step distillation, or of an earlier run."""
     scheduler: dict[str, Any] = field(default_factory=dict)

@@ -40,7 +40,15 @@ def check_pipeline(name: str, argument: str) -> None:
         _expect_hub_id(name, argument, "folder")
 
 
-def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str | None = None) -> Any:
+def read_pipeline(
+    name: str,
+    argument: str,
+    dtypes: dict[str, str],
+    variant: str | None = None,
+    revision: str | None = None,
+    pipeline: str | None = None,
+    components: Mapping[str, str] | None = None,
+) -> Any:
     """Load a diffusers pipeline from its folder or from the hub.
 
     Args:
@@ -48,24 +56,53 @@ def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str
         argument: What the user knows the name as; errors begin with it.
         dtypes: Of the weights: a type's name for each component that has its own, and `default`.
         variant: Of the weight files, such as fp16.
+        revision: Of the hub repository.
+        pipeline: Class of diffusers; default: that which the repository names.
+        components: Folder or hub id of models in the place of the pipeline's own, or beside them.
 
     Raises:
         UsageError: As `check_pipeline`, and if it cannot be loaded.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoModel
 
     check_pipeline(name, argument)
+    cls = pipeline_class(pipeline)
     dtype = {component: getattr(torch, dtype) for component, dtype in dtypes.items()}
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
+        others = {
+            key: AutoModel.from_pretrained(where, dtype=dtype.get(key, dtype["default"]))
+            for key, where in (components or {}).items()
+        }
+        return cls.from_pretrained(name, dtype=dtype, variant=variant, revision=revision, **others)
     except Exception as error:  # of diffusers, transformers, safetensors and the hub, each of which has its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = "check its files" if Path(name).exists() else "check the name and the network"
         raise UsageError(f"{argument}: cannot load {name}; {remedy} ({reason})") from error
 
 
+def pipeline_class(name: str | None) -> Any:
+    """The class of diffusers of this name; `None` is the one that finds out itself.
+
+    Raises:
+        UsageError: There is none.
+    """
+    import diffusers
+
+    if name is None:
+        return diffusers.DiffusionPipeline
+    known = [n for n in dir(diffusers) if n.endswith("Pipeline")]
+    if name not in known:
+        raise UsageError(f"model.pipeline: diffusers has no {name!r}{nearest(name, known)}")
+    return getattr(diffusers, name)
+
+
 def check_model(model: Model) -> None:
+    """Raise a UsageError for what of a model's settings can be seen to be wrong before anything is loaded."""
     check_pipeline(model.name, "model.name")
+    pipeline_class(model.pipeline)
+    for name, component in model.components.items():
+        if not Path(component).exists():
+            _expect_hub_id(component, f"model.components.{name}", "folder")
     for name, lora in model.loras.items():
         if Path(lora.name).exists():
             open_lora(lora_file(Path(lora.name, lora.file or "")))
@@ -80,8 +117,9 @@ def _expect_hub_id(name: str, argument: str, kind: str) -> None:
 
 def load_pipeline(model: Model) -> Any:
     """The pipeline on the CPU, its VAE in its own type, LoRAs fused, its scheduler replaced if the config says so."""
+    types = {"default": model.dtype, "vae": model.vae_dtype}
     pipe = read_pipeline(
-        model.name, "model.name", {"default": model.dtype, "vae": model.vae_dtype}, variant=model.variant
+        model.name, "model.name", types, model.variant, model.revision, model.pipeline, model.components
     )
     for name, lora in model.loras.items():
         with located(f"model.loras.{name}"):
