@@ -100,20 +100,25 @@ def test_a_pipeline_that_takes_one_clip_a_call(configure, monkeypatch, key):
         train(configure("prediction.mode=sample", "train.micro_batch=1", "validation.batch=1", f"{key}=2"))
 
 
-SAID = "data.held_out: {} clips are training clips too; what is measured there is not held out\n"
+SAID = "data.held_out: {} clips are training clips too; what is measured there is not held out"
+
+
+def overlap(capsys):
+    """What was said, but how many clips there are."""
+    return "\n".join(line for line in capsys.readouterr().out.splitlines() if "clips, " not in line)
 
 
 def test_clips_that_are_not_held_out(configure, clips, capsys, tmp_path):
     read_data(configure())
-    assert not capsys.readouterr().out
+    assert not overlap(capsys)
     read_data(configure(f"data.held_out={clips / 'train'}"))
-    assert capsys.readouterr().out == SAID.format("6 of 6")
+    assert overlap(capsys) == SAID.format("6 of 6")
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for part in ("train", "held_out"):
         (mixed / f"{part}.mp4").symlink_to(clips / part / "0.mp4")
     read_data(configure(f"data.held_out={mixed}"))
-    assert capsys.readouterr().out == SAID.format("1 of 2")
+    assert overlap(capsys) == SAID.format("1 of 2")
 
 
 def test_splits_of_a_data_set_that_are_not_held_out(configure, clips, capsys, tmp_path):
@@ -125,7 +130,7 @@ def test_splits_of_a_data_set_that_are_not_held_out(configure, clips, capsys, tm
     for name, said in (("one", SAID.format("2 of 2")), ("two", "")):
         own = [f"data.{part}={tmp_path / name}" for part in ("train", "held_out")]
         read_data(configure(*own, "data.clips.columns={target: path}"))
-        assert capsys.readouterr().out == said
+        assert overlap(capsys) == said
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------

@@ -87,9 +87,9 @@ def test_folders_tables_and_files_that_cannot_be_read(folder, monkeypatch, capsy
     [
         ([], "nothing to score: give --video or --csv"),
         (["--video", "videos"], "videos/deeper/circle.mp4 has no prompt: give --prompt (an empty one"),
-        (["--video", "empty", "--prompt", ""], "empty holds no video (.avi, "),
+        (["--video", "empty", "--prompt", ""], "empty holds no video (.3g2, "),
         (["--csv", "rows.jsonl"], "rows.jsonl, line 1: expected a path as `video` (columns: prompt)"),
-        (["--csv", "none.csv"], "cannot read the prompt file none.csv: No such file"),
+        (["--csv", "none.csv"], "cannot read none.csv: No such file"),
         (["--csv", "blank.csv"], "blank.csv, line 2 has no prompt: give --prompt"),
         (["--video", "videos", "--prompt", "", "--out", "no/s.csv"], "--out: there is no folder no"),
         (["--video", "videos", "--prompt", "", "frame=3"], "'frame'; did you mean 'frames'?"),

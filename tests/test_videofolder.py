@@ -151,7 +151,7 @@ def test_wrong_folders_are_refused(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,captoin\na.mp4,hello")
     with pytest.raises(UsageError, match="no column 'caption' for caption; did you mean 'captoin'"):
         read_folder(tmp_path, {"target": "file_name", "caption": "caption"})
-    with pytest.raises(UsageError, match="one for the role 'target'"):
+    with pytest.raises(UsageError, match="one for a role with files, such as 'target'"):
         read_folder(tmp_path, {"caption": "captoin"})
     (tmp_path / "metadata.csv").write_text("file_name\n \nb.mp4")
     with pytest.raises(UsageError, match="expected a path as 'file_name'"):

@@ -9,13 +9,12 @@ from statistics import fmean, stdev
 
 import torch
 
-from ..common.errors import UsageError
-from ..data.prompts import read_rows
+from ..common.errors import UsageError, located
+from ..data.source import VIDEO_SUFFIXES
+from ..data.table_file import file_text, read_table, text_cell
 from ..data.video import read_video
 from ..objective.reward import Reward
 from ..objective.reward.protocol import check_scores, score
-
-_SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def find_clips(videos: Sequence[Path], tables: Sequence[Path], prompt: str | Non
 
     Args:
         videos: Video files, and folders of them, which are searched through all levels, in the order of their names.
-        tables: CSV or JSONL files with the columns (keys) `video`, a path relative to the file, and `prompt`.
+        tables: Files that `read_table` reads, with the columns `video`, a path relative to the file, and `prompt`.
         prompt: Of all files that have none of their own. A table's row has its column, a file `a.mp4` a text file
             `a.txt` beside it.
 
@@ -49,30 +48,24 @@ def find_clips(videos: Sequence[Path], tables: Sequence[Path], prompt: str | Non
     """
     clips = []
     for path in videos:
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES) if path.is_dir() else [path]
         if not found:
-            raise UsageError(f"{path} holds no video ({', '.join(sorted(_SUFFIXES))})")
+            raise UsageError(f"{path} holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
         for video in found:
             beside = video.with_suffix(".txt")
-            own = _text(beside) if beside.is_file() else prompt
+            own = file_text(beside).strip() if beside.is_file() else prompt
             clips.append(Clip(video, _given(own, str(video))))
     for table in tables:
-        for line, row in read_rows(table):
+        read = read_table(table)
+        for place, row in read.rows:
             if not isinstance(row.get("video"), str) or not row["video"]:
-                columns = ", ".join(map(str, row)) or "nothing"
-                raise UsageError(f"{table}, line {line}: expected a path as `video` (columns: {columns})")
+                columns = ", ".join(read.columns) or "nothing"
+                raise UsageError(f"{read.named(place)}: expected a path as `video` (columns: {columns})")
             own = row.get("prompt")
-            clips.append(
-                Clip(table.parent / row["video"], _given(prompt if own is None else own, f"{table}, line {line}"))
-            )
+            with located(read.named(place)):
+                text = prompt if own is None else text_cell(own)
+            clips.append(Clip(table.parent / row["video"], _given(text, read.named(place))))
     return clips
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the prompt in {path}: {error}; save it as UTF-8") from error
 
 
 def _given(prompt: str | None, whose: str) -> str:

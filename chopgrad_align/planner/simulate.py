@@ -212,7 +212,9 @@ class Loaded:
 def load(config: Config, new_weights: AbstractContextManager[Any] | None = None) -> Loaded:
     """Load what a run trains with, as the trainer does; `new_weights` is the context in which its LoRA is made."""
     with _shapes_of_default_checkpoints_only():
-        models = load_models(config, torch.device("cpu"), [{**config.model.call, **_shape(config)}], new_weights)
+        models = load_models(
+            config, torch.device("cpu"), lambda pipe: [{**config.model.call, **_shape(config)}], new_weights
+        )
     models.trainable.train()
     batch, encoders = micro_batch(config, models.pipe, models.objective), 0
     if config.model.encode_prompts_once:

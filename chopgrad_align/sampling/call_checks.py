@@ -16,6 +16,7 @@ from ..common.arguments import nearest, whole_number
 from ..common.errors import UsageError
 from ..decoding.decoders import known_decoder
 from .denoisers import denoisers_of
+from .outputs import expect_output
 from .steps import StepPolicy, expect_step_policy, plan_of
 
 _COUNTS = ("num_inference_steps", "num_frames", "height", "width", "num_videos_per_prompt", "max_sequence_length")
@@ -45,6 +46,7 @@ def check_call(
     name = type(pipe).__name__
     if getattr(pipe, "vae", None) is None or not hasattr(pipe, "video_processor"):
         raise UsageError(f"rollout: expected a diffusers pipeline that makes videos with a VAE, got {name}")
+    expect_output(pipe)
     known_decoder(pipe.vae)
     parameters = inspect.signature(type(pipe).__call__).parameters
     _check_names(name, call_kwargs, parameters, reserved)

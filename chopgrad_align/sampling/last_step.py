@@ -29,7 +29,8 @@ class RecordedLastStep:
     clean: Tensor
 
     def __init__(self, steps: GradientSteps) -> None:
-        self.steps, self.loop, self.branches = steps, steps.loop, steps.branches
+        self.steps, self._loop = steps, steps.loop
+        self._seen = -1  # the iteration that the scheduler was called in last
         self._outputs: dict[nn.Module, Any] = {}
         self._result: Any = None
         self._timestep: Any = None
@@ -37,7 +38,9 @@ class RecordedLastStep:
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
-        last = scheduler is self.loop.scheduler and self.loop.calls == self.loop.announced - 1
+        if self.steps.plan.repeats:
+            self._expect_single_steps(scheduler)
+        last = scheduler is self._loop.scheduler and self._loop.is_last
         if last:
             self._index = getattr(scheduler, "step_index", None)
             self._timestep = (
@@ -54,6 +57,16 @@ class RecordedLastStep:
         output = self.steps.forward(original, denoiser, *args, **kwargs)
         self._outputs[denoiser] = tree_map_only(Tensor, Tensor.detach, output)
         return output
+
+    def _expect_single_steps(self, scheduler: Any) -> None:
+        """Raise a UsageError if there are several sections, or another than one call of the scheduler a step."""
+        single = self._loop.iteration != self._seen
+        if self._loop.section > 0 or single is not (scheduler is self._loop.scheduler):
+            raise UsageError(
+                "LowVariance repeats the last step of a single loop that calls the pipeline's scheduler once a step; "
+                "this pipeline samples otherwise: use LastSteps(1)"
+            )
+        self._seen = self._loop.iteration
 
     def output(self, denoiser: nn.Module) -> Any:
         """Some output of the denoiser, which has the shape and the type of all."""
@@ -93,22 +106,20 @@ class RepeatedLastStep:
     """
 
     def __init__(self, steps: GradientSteps, record: RecordedLastStep, noise: Tensor) -> None:
-        self.loop, self.branches = steps.loop, steps.branches
-        self._steps, self._record, self._noise = steps, record, noise
+        self.steps, self._loop = steps, steps.loop
+        self._record, self._noise = record, noise
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
-        if scheduler is not self.loop.scheduler or self._is_last():
-            return self._steps.step(original, scheduler, *args, **kwargs)
-        self._steps.advance()
-        latents = self._record.noised(scheduler, self._noise) if self._is_last() else self._record.clean
-        return self._record.result(latents)
+        if scheduler is not self._loop.scheduler or self._loop.is_last:
+            return self.steps.step(original, scheduler, *args, **kwargs)
+        self._loop.take_step()
+        is_next = self._loop.iteration == self._loop.announced - 2
+        return self._record.result(self._record.noised(scheduler, self._noise) if is_next else self._record.clean)
 
     def forward(self, original: Callable[..., Any], denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `denoiser.forward`."""
-        if self._is_last():
-            return self._steps.forward(original, denoiser, *args, **kwargs)
+        self.steps.predict()
+        if self._loop.is_last:
+            return self.steps.forward(original, denoiser, *args, **kwargs)
         return self._record.output(denoiser)
-
-    def _is_last(self) -> bool:
-        return self.loop.calls >= self.loop.announced - 1

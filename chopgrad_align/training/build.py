@@ -45,7 +45,7 @@ class Models:
 def load_models(
     config: Config,
     device: torch.device,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Callable[[Any], Sequence[Mapping[str, Any]]],
     new_weights: AbstractContextManager[Any] | None = None,
 ) -> Models:
     """Load what a config names; what can be wrong is looked at first, the cheap things before the slow ones.
@@ -53,7 +53,7 @@ def load_models(
     Args:
         config: Of the run.
         device: Where rewards and losses go.
-        calls: Arguments of the pipeline's call for each shape of video that it will make.
+        calls: From the pipeline to the arguments of each kind of call that it will make.
         new_weights: Context in which the trained weights are made.
 
     Raises:
@@ -64,7 +64,7 @@ def load_models(
             open_lora(lora_file(Path(config.lora.start_from)))
     pipe = load_pipeline(config.model)
     check_prediction(pipe, config)
-    _check_calls(pipe, config, calls)
+    _check_calls(pipe, config, calls(pipe))
     objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
     torch.manual_seed(config.run.seed)  # the first weights
     with nullcontext() if new_weights is None else new_weights:

@@ -169,16 +169,17 @@ class Clips:
     """Settings of clips; without them the data are prompts."""
 
     columns: dict[Name, Name] = field(default_factory=dict)
-    """Which column of the metadata holds what: target, caption, and any of degraded, mask, control, image. Default:
-    file_name is the target, and caption the caption."""
+    """Which column of the metadata holds what: target, caption, and any of degraded, mask, control, image. Without a
+    target there is none, and no loss. Default: target and caption by their usual names, such as file_name and text."""
     buckets: list[tuple[Positive, Pixels, Pixels]] = field(default_factory=list)
     """Frames, height and width that clips are cut to, the nearest for each file; default that of model.call."""
     stride: Positive = 1
     """Every how many frames one is taken."""
     fps: FramesPerSecond | None = None
     """To which every file is resampled before the stride; default its own."""
-    starts: Positive | None = None
-    """Clips a file, evenly spaced; default: any frame can be the first."""
+    starts: Positive | Literal["all"] | None = None
+    """Clips a file, evenly spaced, of which one is drawn each time; all: as many as fit without overlapping, each of
+    which is a clip of its own; default: any frame can be the first."""
     crop: Literal["center", "random", "native"] = "center"
     degradation: Any = None
     """Makes `degraded` from the target: a name and its settings, or a list of them."""
@@ -195,10 +196,16 @@ class Clips:
 @_strict
 class Data:
     train: Name
-    """Prompt file (.txt, .csv, .jsonl) to sample from; see `read_conditions` for images and weights. With `clips`: a
-    folder of videos, or a Hugging Face data set."""
+    """Prompts to sample from: .txt, a table (.csv, .jsonl, .json, .parquet) whose columns are arguments of the
+    pipeline's call, or a folder of first images. With `clips`: a folder of videos, a table of them, WebDataset shards
+    (.tar), or a Hugging Face data set. See docs/data.md."""
     held_out: Name
     """The same, to measure with."""
+    buckets: list[tuple[Positive, Pixels, Pixels]] = field(default_factory=list)
+    """Frames, height and width of the videos that are made of prompts: the nearest for each image or video of a row,
+    and all for a row without; default that of model.call."""
+    ignore: list[Name] = field(default_factory=list)
+    """Columns of prompt tables that are not read, though they are called as an argument of the call, or nearly."""
     clips: Clips | None = None
     cache: Name | None = None
     """Folder that keeps, for this run and later ones, embeddings of prompts and latents of those clips that come again:
@@ -540,6 +547,8 @@ class Config:
             )
         if self.data.cache is not None and self.data.clips is None and not self.model.encode_prompts_once:
             raise ValueError("data.cache has nothing to keep with model.encode_prompts_once=false: leave it out")
+        if self.data.clips is not None and (self.data.buckets or self.data.ignore):
+            raise ValueError("data.buckets and data.ignore are of prompts: give data.clips.buckets and columns")
         if self.data.clips is None and (self.losses or self.prediction.mode != "sample" or self.prediction.columns):
             raise ValueError(
                 "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"

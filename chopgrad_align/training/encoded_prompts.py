@@ -32,7 +32,12 @@ def release_text_encoders(pipe: Any) -> None:
 
 
 def encode_prompts(
-    pipe: Any, arguments: Mapping[str, Any], texts: Iterable[Mapping[str, str]], cache: Cache, device: torch.device
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    texts: Iterable[Mapping[str, str]],
+    cache: Cache,
+    device: torch.device,
+    others: Iterable[Mapping[str, Any]] = (),
 ) -> bool:
     """Encode prompts as the pipeline's call would; from then on it takes them from the cache, and has no text encoder.
 
@@ -46,6 +51,7 @@ def encode_prompts(
         texts: All that the pipeline will be called with: `prompt`, and other arguments that go with it.
         cache: Where the embeddings are kept.
         device: To encode on.
+        others: Arguments of further calls, which may encode with other settings.
 
     Returns:
         False, and nothing has changed, if the pipeline takes no prompt, or encodes prompts with something else than
@@ -60,15 +66,17 @@ def encode_prompts(
     for encoder in text_encoders(pipe).values():
         encoder.to(device)
     encoded = _EncodedPrompts(pipe, cache, device)
-    calls = encoded.learn(arguments)
-    # Those of the prompt itself, and not, say, of the negative one in a call of its own.
-    calls = [call for call in calls if call["prompt"] == arguments["prompt"]]
-    if not calls:
-        return False
+    calls: list[dict[str, Any]] = []
+    for given in (arguments, *others):
+        # Those of the prompt itself, and not, say, of the negative one in a call of its own.
+        learnt = [call for call in encoded.learn(given) if call["prompt"] == given["prompt"]]
+        if not learnt:
+            return False
+        calls += learnt
     shapes: dict[str, list[torch.Size]] = {}
     other = distributed.is_initialized() and distributed.get_rank() > 0  # than the main process
     for text in tqdm([*texts], desc="encoding prompts", leave=False, disable=other):
-        rows = [encoded.add({**call, **text}) for call in calls]
+        rows = [encoded.add({name: text.get(name, value) for name, value in call.items()}) for call in calls]
         prompt = text["prompt"]
         shapes[prompt] = [tensor.shape for row in rows for tensor in row.values()]
         first = next(iter(shapes))

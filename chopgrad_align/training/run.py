@@ -100,7 +100,7 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
             f"validation.pairs={config.validation.pairs} must be at least the number of processes, {parallel.world}"
         )
     call = dict(config.model.call)
-    models = load_models(config, parallel.device, data.shapes(call))
+    models = load_models(config, parallel.device, lambda pipe: data.calls(pipe, call))
     batches = data.batches(models.pipe, models.objective, config)
     size = (call["height"], call["width"]) if call.get("height") and call.get("width") else (64, 64)
     prompts = (batches.prompts(0) * 2)[:2]  # there may be one
@@ -149,10 +149,12 @@ def prepare(trainer: Trainer, resume: bool) -> None:
     config, parallel, method, batches = trainer.config, trainer.parallel, trainer.method, trainer.batches
     if config.model.encode_prompts_once:
         # The rest of the pipeline waits on the CPU.
-        pair = batches.held_out(range(1))
-        inputs = {**method.call, **pair.inputs, **arguments(method.prediction.columns, pair.videos)}
+        first, *others = (
+            {**method.call, **kind.inputs, **arguments(method.prediction.columns, kind.videos)}
+            for kind in batches.kinds()
+        )
         texts = batches.texts(config.train.steps)
-        encode_prompts(method.pipe, inputs, texts, Cache(config.data.cache), parallel.device)
+        encode_prompts(method.pipe, first, texts, Cache(config.data.cache), parallel.device, others)
     method.pipe.to(parallel.device)
     trainer.inputs = parallel.on_main(lambda: fingerprints(config))
     if resume:

@@ -7,14 +7,24 @@ import inspect
 import sys
 import warnings
 
-from . import cogvideox, hunyuan, kandinsky, ltx, ltx2, sana, transformers, unets, wan
+from . import cogvideox, cosmos, hunyuan, kandinsky, ltx, ltx2, sana, transformers, unets, wan
 from .entry import Entry
 
-__all__ = ["ENTRIES", "Entry", "video_classes"]
+__all__ = ["ENTRIES", "NOT_SAMPLERS", "Entry", "video_classes"]
 
-_FAMILIES = (cogvideox, hunyuan, kandinsky, ltx, ltx2, sana, transformers, unets, wan)
+_FAMILIES = (cogvideox, cosmos, hunyuan, kandinsky, ltx, ltx2, sana, transformers, unets, wan)
 ENTRIES: dict[str, Entry] = {name: entry for family in _FAMILIES for name, entry in family.ENTRIES.items()}
 """By the name of the class; of its further modes, by `class/mode`."""
+
+NOT_SAMPLERS = {
+    "LTXLatentUpsamplePipeline": "enlarges latents by one call of a network; nothing is sampled",
+    "LTX2LatentUpsamplePipeline": "enlarges latents by one call of a network; nothing is sampled",
+    "LTX2VideoDiffusionDecodePipeline": "decodes latents that another pipeline has made",
+    "LTX2DFRTemporalRefinePipeline": "refines latents and keyframes that another pipeline has made",
+    "TextToVideoZeroPipeline": "makes images of an image model, as a numpy array, with frames warped between its steps",
+    "TextToVideoZeroSDXLPipeline": "makes images of an image model, as a numpy array, with frames warped between its steps",
+}
+"""Classes without an entry, and why."""
 
 
 def video_classes() -> dict[str, type]:

@@ -129,4 +129,9 @@ ENTRIES = {
         {**_PROMPT, "reference_conditions": _hdr_condition()},
         untrained=_CONDITIONS,
     ),
+    "LTX2DFRPipeline": Entry(
+        functools.partial(_made, "LTX2DFRPipeline"),
+        {key: _CALL[key] for key in ("height", "width", "num_frames", "max_sequence_length")} | {"sigmas": [1.0, 0.5]},
+        _PROMPT,
+    ),
 }
