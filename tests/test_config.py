@@ -296,7 +296,7 @@ def test_a_wrong_file_is_one_line(tmp_path, text, message):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(
-        UsageError, match=r"^no config file no/such.yaml; in configs/ there are cog.*, embedded.yaml, .*, svd"
+        UsageError, match=r"^no config file no/such.yaml; in configs/ there are anim.*, embedded.yaml, .*, svd"
     ):
         load_config("no/such.yaml")
     path = tmp_path / "bytes.yaml"

@@ -151,7 +151,8 @@ def _scheduler(pipe: Any, settings: dict[str, Any], steps: Any) -> Any:
     for key, value in settings.items():
         if key not in accepted:
             raise UsageError(f"model.scheduler: {name} has no setting {key!r}{nearest(key, accepted)}")
-        _check_setting(f"model.scheduler.{key}", value, accepted[key].annotation)
+        if value is not None or accepted[key].default is not None:
+            _check_setting(f"model.scheduler.{key}", value, accepted[key].annotation)
     try:
         scheduler = cls.from_config(pipe.scheduler.config, **settings)
         if not scheduler.config.get("use_dynamic_shifting"):  # or the pipeline tells the shift for its size
