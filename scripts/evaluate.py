@@ -35,6 +35,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="of a training run whose data are clips")
     parser.add_argument("--method", action="append", default=[], metavar="NAME=PATH", help="a run, or a LoRA")
+    parser.add_argument("--partial", action="store_true", help="leave out what of a LoRA does not fit the model")
     parser.add_argument("--baseline", nargs="*", choices=BASELINES, help="default: input and base")
     parser.add_argument("--pred", action="append", default=[], metavar="[NAME=]FOLDER", help="of videos; with --target")
     parser.add_argument("--target", type=cli.path, metavar="FOLDER", help="of videos with the same names")
@@ -116,7 +117,9 @@ def _from_config(
     clips = HeldOutClips(config, args.count)
     models: dict[str, Path | None] = {"base": None} if "base" in baselines else {}
     models |= loras
-    methods = {"input": input_video, "target": target_video} | (restorers(config, models) if models else {})
+    methods = {"input": input_video, "target": target_video} | (
+        restorers(config, models, args.partial) if models else {}
+    )
     return {name: methods[name] for name in [*baselines, *loras]}, clips, len(clips)
 
 

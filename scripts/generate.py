@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SCALE",
         help="below 1: between the base model and the tuned one, if that went too far (default: 1)",
     )
+    parser.add_argument("--partial", action="store_true", help="leave out what of the LoRA does not fit the model")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="may be repeated")
     what.add_argument(
@@ -88,7 +89,8 @@ def generate(args: argparse.Namespace) -> None:
     if existing and not args.overwrite:
         raise UsageError(f"{existing[0]} exists; choose another --out, or allow it with --overwrite")
 
-    from chopgrad_align.training.lora import load_lora, lora_file
+    from chopgrad_align.training.lora import load_lora
+    from chopgrad_align.training.lora_files import lora_file, open_lora
     from chopgrad_align.training.models import check_model, check_pipeline, load_pipeline, read_pipeline
     from chopgrad_align.training.modules import MODULES_NAME, load_modules
 
@@ -103,6 +105,8 @@ def generate(args: argparse.Namespace) -> None:
     lora = lora_file(adapter) if adapter and not modules else None
     if args.lora_scale is not None and not math.isfinite(args.lora_scale):
         raise UsageError(f"--lora-scale {args.lora_scale}: expected a number, such as 0.6")
+    if lora:
+        open_lora(lora)
     if args.lora_scale is not None and lora is None:
         raise UsageError(f"--lora-scale {args.lora_scale}: there is no LoRA; give --run or --lora too")
 
@@ -128,7 +132,7 @@ def generate(args: argparse.Namespace) -> None:
     if modules:
         load_modules(pipe, modules)
     if lora:
-        load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale)
+        load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale, partial=args.partial)
     call = _call_arguments(pipe, defaults, args)
     noise = config.model.initial_noise() if config else None
     rows = bind(pipe, conditions, config.data.ignore if config else ()).rows

@@ -138,13 +138,17 @@ def wan_vace(scheduler: str = "unipc"):
     )
 
 
-def wan_i2v(scheduler: str = "unipc"):
-    """Wan 2.1 image-to-video: latents of the image and its mask beside the noise, CLIP tokens beside the text."""
+def wan_i2v(scheduler: str = "unipc", two_stage: bool = False):
+    """Wan 2.1 image-to-video: latents of the image and its mask beside the noise, CLIP tokens beside the text.
+
+    With `two_stage` Wan 2.2's pair of transformers, which have no CLIP tokens.
+    """
     from diffusers import WanImageToVideoPipeline
     from transformers import CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
-    image_encoder, image_processor = _vision(CLIPVisionModel, 32)
+    image_encoder, image_processor = (None, None) if two_stage else _vision(CLIPVisionModel, 32)
+    image = {} if two_stage else {"image_dim": 8, "added_kv_proj_dim": 24}
     return _frozen(
         WanImageToVideoPipeline(
             tokenizer=_tokenizer(512),
@@ -153,7 +157,9 @@ def wan_i2v(scheduler: str = "unipc"):
             scheduler=flow_scheduler(scheduler),
             image_encoder=image_encoder,
             image_processor=image_processor,
-            transformer=_wan_transformer(12, image_dim=8, added_kv_proj_dim=24),
+            transformer=_wan_transformer(12, **image),
+            transformer_2=_wan_transformer(12) if two_stage else None,
+            boundary_ratio=0.9 if two_stage else None,
         )
     )
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,11 +34,15 @@ from ..training.encoded_prompts import release_text_encoders, text_encoders
 from ..training.methods.protocol import MicroBatch
 from ..training.methods.streaming import can_stream
 from ..training.optimizers import make_optimizer
-from .stand_ins import known_models, write_hub, write_pipeline
+from .stand_ins import embeddings, known_models, write_hub, write_pipeline
 from .weightless import Simulation, make_weightless, simulated, weightless
 
 _SECTIONS = {"reward": "rewards", "loss": "losses"}
 """Section of a config, by the kind of a term."""
+
+
+_FOUND: dict[str, Any] = {"components": {}, "pipeline": None, "revision": None, "variant": None}
+"""Where the parts of a model come from, if from one folder."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,9 @@ def simulate(config: Config, limit: float = math.inf) -> Figures:
             write_pipeline(known_models()[name], folder)
             name = str(folder)
         with weightless(mode, hub):
-            # Fused LoRAs change no shape.
-            config = replace(config, model=replace(config.model, name=name, loras={}))  # type: ignore[type-var]
+            # Fused LoRAs change no shape; the stand-in is the whole pipeline already.
+            own: dict[str, Any] = {"loras": {}} | ({} if name == config.model.name else _FOUND)
+            config = replace(config, model=replace(config.model, name=name, **own))  # type: ignore[type-var]
             loaded = load(config, mode)
             make_weightless(mode, loaded.models.objective)
             with simulated(mode, loaded.models.pipe.scheduler), _refusals(loaded.models.pipe):
@@ -319,7 +324,8 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     size, shape = config.train.micro_batch, _shape(config)
     videos = _videos(config, config.data.clips, *shape.values()) if config.data.clips else {}
     return MicroBatch(
-        inputs=_inputs(pipe, {**config.model.call, **shape}, size) | as_taken(pipe, shape),
+        inputs=_inputs(pipe, {**config.model.call, **shape}, size, embeddings(Path(config.model.name)))
+        | as_taken(pipe, shape),
         prompts=["a video"] * size,
         frame_seeds=list(range(size)),
         weights=None if videos else {name: [1.0] * size for name in objective.terms},
@@ -362,24 +368,27 @@ def _videos(config: Config, clips: Clips, frames: int, height: int, width: int) 
     }
 
 
-def _inputs(pipe: Any, call: dict[str, Any], size: int) -> dict[str, Any]:
+def _inputs(
+    pipe: Any, call: dict[str, Any], size: int, known: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any]:
     """Stand-ins for prompts and images: embeddings of the shapes that the pipeline's own encoders give."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     generators = [torch.Generator().manual_seed(seed) for seed in range(size)]
     inputs: dict[str, Any] = {"generator": generators if size > 1 else generators[0]}  # as of a run's batches
-    if "image" in parameters:
+    if "image" in parameters and parameters["image"].default is inspect.Parameter.empty:
         from PIL import Image
 
         inputs["image"] = Image.new("RGB", _image_size(pipe, call))
     if "prompt_embeds" in parameters:
-        length = _text_length(pipe, call)
-        dtype, width = pipe.text_encoder.dtype, pipe.text_encoder.config.hidden_size
-        for key in ("prompt_embeds", "negative_prompt_embeds"):
-            inputs[key] = torch.zeros(size, length, width, dtype=dtype)
-            mask = key.replace("embeds", "attention_mask")
-            if mask in parameters:
-                # Branched on by pipelines, so it has values.
-                inputs[mask] = torch.tensor([[True] * length] * size)
+        dtype = pipe.text_encoder.dtype
+        shapes = known or {"prompt_embeds": (_text_length(pipe, call), pipe.text_encoder.config.hidden_size)}
+        for key, (length, width) in shapes.items():
+            for name in (key, f"negative_{key}"):
+                inputs[name] = torch.zeros(size, length, width, dtype=dtype)
+                masks = {name.replace("embeds", "attention_mask"), name.replace("embeds", "embeds_mask")}
+                for mask in masks & parameters.keys():
+                    # Branched on by pipelines, so it has values.
+                    inputs[mask] = torch.tensor([[True] * length] * size)
     if "pooled_prompt_embeds" in parameters:
         inputs["pooled_prompt_embeds"] = torch.zeros(size, pipe.text_encoder_2.config.hidden_size, dtype=dtype)
     return inputs

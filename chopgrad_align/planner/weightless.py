@@ -59,10 +59,13 @@ def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) 
 
 
 def _of_transformers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) -> Any:
+    from transformers.initialization import no_init_weights
+
     config = cls.config_class.from_pretrained(source, subfolder=settings.get("subfolder", ""))
     dtype = settings.get("dtype") or settings.get("torch_dtype") or torch.float32
-    with mode:
+    with mode, no_init_weights():  # whose random numbers some models look at
         model = cls._from_config(config, dtype=dtype).eval()
+        model.tie_weights()
     return (model, {"missing_keys": set()}) if settings.get("output_loading_info") else model
 
 
@@ -138,13 +141,13 @@ class Simulation(FakeTensorMode):
 
 @contextmanager
 def simulated(mode: Simulation, scheduler: Any) -> Iterator[None]:
-    """Within the context new tensors are fake, except the tables that the scheduler makes for its steps."""
-    original = scheduler.set_timesteps
+    """Within the context new tensors are fake, except the tables that the scheduler, or a copy, makes for its steps."""
+    original = type(scheduler).set_timesteps
 
     @functools.wraps(original)  # pipelines look at its arguments
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
         with unset_fake_temporarily():
             original(*args, **kwargs)
 
-    with mock.patch.object(scheduler, "set_timesteps", set_timesteps), mode:
+    with mock.patch.object(type(scheduler), "set_timesteps", set_timesteps), mode:
         yield

@@ -23,7 +23,8 @@ from . import guard
 from .average import Average
 from .config import Config, Guard
 from .data import clip_encoder
-from .lora import TRAINED, freeze, lora_config, lora_file, read_lora
+from .lora import TRAINED, freeze, lora_config, read_lora, with_what_fits
+from .lora_files import lora_file, open_lora
 from .methods import DirectGradient
 from .models import check_prediction, load_objective, load_pipeline
 from .optimizers import make_optimizer, make_schedule
@@ -66,7 +67,8 @@ def load_models(
         UsageError: A model, scheduler, call, reward, loss or layer that is not there or does not fit.
     """
     if config.lora.start_from is not None:
-        lora_file(Path(config.lora.start_from))
+        with located("lora.start_from"):
+            open_lora(lora_file(Path(config.lora.start_from)))
     pipe = load_pipeline(config.model, mesh)
     check_prediction(pipe, config)
     _check_calls(pipe, config, calls(pipe))
@@ -85,7 +87,7 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
     """
     named = config.trainable
     if named is None:
-        made: Trainable = LoraOnDenoisers(pipe, _adapter(config))
+        made: Trainable = LoraOnDenoisers(pipe, _adapter(config), config.lora.denoisers)
     else:
         freeze(pipe)
         found = construct_known("trainable", named.name, _TRAINABLES, named.args, pipe=pipe)
@@ -184,14 +186,17 @@ def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
     )
 
 
-def make_state(config: Config, trainable: Trainable) -> TrainState:
+def make_state(config: Config, pipe: Any, trainable: Trainable) -> TrainState:
     """The state of a run before its first step.
 
     Raises:
         UsageError: `lora.start_from` does not fit; an optimizer or schedule that cannot be made.
     """
     if config.lora.start_from is not None:
-        trainable.load_state_dict(read_lora(Path(config.lora.start_from), _adapter(config)))
+        with located("lora.start_from"):
+            found = read_lora(pipe, Path(config.lora.start_from), _adapter(config), config.lora.partial)
+            own = trainable.state_dict()
+            trainable.load_state_dict(with_what_fits(own, found) if config.lora.partial else found)
     optimizer, decay = make_optimizer(trainable.parameters, config.train), config.ema.decay
     average = None if decay is None else Average(trainable.parameters, decay)
     return TrainState(trainable, optimizer, make_schedule(optimizer, config.train), average)

@@ -90,6 +90,8 @@ class FusedLora:
     scale: Finite = 1.0
     second: bool = False
     """True for the LoRA of `transformer_2`, of Wan 2.2's pair of transformers."""
+    partial: bool = False
+    """Leave out what of it does not fit the model; otherwise that is an error."""
 
 
 @_strict
@@ -101,6 +103,12 @@ class Model:
     vae_dtype: Dtype = "float32"
     variant: Name | None = None
     """Variant of the weight files, such as fp16."""
+    revision: Name | None = None
+    """Branch, tag or commit of the hub repository, if not its main branch."""
+    pipeline: Name | None = None
+    """Class of diffusers to load it as, such as AnimateDiffPipeline; default: that which it names itself."""
+    components: dict[Name, Name] = field(default_factory=dict)
+    """Models of diffusers in the place of its own, or beside them: folder or hub id by name, such as motion_adapter."""
     loras: dict[TermName, FusedLora] = field(default_factory=dict)
     """Fused into the weights as these are loaded, in order: of few-step distillation, or of an earlier run."""
     scheduler: dict[str, Any] = field(default_factory=dict)
@@ -137,6 +145,9 @@ class Lora:
     targets: Targets = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Names of the denoiser's linear layers, or one regular expression of whole names, which can choose blocks:
     blocks\\.(2[0-9])\\..*to_[qkv] are those of the blocks 20 to 29."""
+    denoisers: Annotated[list[Literal["transformer", "transformer_2", "unet"]], EachOnce] | None = None
+    """The denoisers that have one; default: all. Of Wan 2.2's pair the last steps, which are of low noise, are those of
+    `transformer_2`: with `gradient.last_steps` a LoRA on the other has no gradient."""
     rslora: bool = False
     """Scale by alpha / √rank (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
@@ -148,6 +159,8 @@ class Lora:
     for."""
     start_from: Name | None = None
     """Folder or file of a LoRA of the same rank and layers, to go on from, such as that of an earlier run."""
+    partial: bool = False
+    """Take what fits of `start_from`; layers that it does not have start as new ones. Otherwise that is an error."""
     dropout: Fraction = 0.0
     """Share of the LoRA's input that is set to zero. Above 0, results depend on the number of processes and on
     `train.micro_batch`."""

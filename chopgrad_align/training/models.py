@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..common.arguments import usable_path
+from ..common.arguments import nearest, usable_path
 from ..common.errors import UsageError, located
 from ..common.loading import construct
 from ..objective.losses import load_loss
@@ -21,7 +21,8 @@ from ..sampling.predictions.latents import known_family
 from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
 from .config import Term as OwnTerm
-from .lora import TRAINED, fuse_lora, lora_file
+from .lora import TRAINED, fuse_lora
+from .lora_files import lora_file, open_lora
 from .schedulers import replaced_scheduler
 from .sharding import read_sharded
 
@@ -43,7 +44,14 @@ def check_pipeline(name: str, argument: str) -> None:
 
 
 def read_pipeline(
-    name: str, argument: str, dtypes: Mapping[str, str], variant: str | None = None, mesh: DeviceMesh | None = None
+    name: str,
+    argument: str,
+    dtypes: Mapping[str, str],
+    variant: str | None = None,
+    revision: str | None = None,
+    pipeline: str | None = None,
+    components: Mapping[str, str] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Any:
     """Load a diffusers pipeline from its folder or from the hub.
 
@@ -52,48 +60,83 @@ def read_pipeline(
         argument: What the user knows the name as; errors begin with it.
         dtypes: Of the weights: a type's name for each component that has its own, and `default`.
         variant: Of the weight files, such as fp16.
+        revision: Of the hub repository.
+        pipeline: Class of diffusers; default: that which the repository names.
+        components: Folder or hub id of models in the place of the pipeline's own, or beside them.
         mesh: Processes among which the denoisers are sharded.
 
     Raises:
         UsageError: As `check_pipeline`, and if it cannot be loaded.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
+    from diffusers import AutoModel
 
     check_pipeline(name, argument)
+    cls = pipeline_class(pipeline)
     dtype = {component: getattr(torch, dtype) for component, dtype in dtypes.items()}
     try:
-        if mesh is None:
-            return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
-        return _read_sharded_pipeline(name, dtype, variant, mesh)
+        others = {
+            key: AutoModel.from_pretrained(where, dtype=dtype.get(key, dtype["default"]))
+            for key, where in (components or {}).items()
+        }
+        if mesh is not None:
+            config = cls.load_config(name, revision=revision)
+            others = _sharded_denoisers(name, config, dtype, variant, revision, mesh) | others
+            # DiffusionPipeline itself overlooks components that are given and may be absent, and loads them.
+            cls = getattr(diffusers, config["_class_name"], cls) if pipeline is None else cls
+        return cls.from_pretrained(name, dtype=dtype, variant=variant, revision=revision, **others)
     except Exception as error:  # of diffusers, transformers, safetensors and the hub, each of which has its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = "check its files" if Path(name).exists() else "check the name and the network"
         raise UsageError(f"{argument}: cannot load {name}; {remedy} ({reason})") from error
 
 
-def _read_sharded_pipeline(name: str, dtypes: dict[str, torch.dtype], variant: str | None, mesh: DeviceMesh) -> Any:
+def _sharded_denoisers(
+    name: str,
+    config: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    variant: str | None,
+    revision: str | None,
+    mesh: DeviceMesh,
+) -> dict[str, Any]:
     import diffusers
     from huggingface_hub import snapshot_download
 
-    config = diffusers.DiffusionPipeline.load_config(name)
     classes = {key: config[key][1] for key in TRAINED if config.get(key, [None])[0] == "diffusers"}
-    folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=[f"{key}/*" for key in classes])
-    denoisers = {
-        key: read_sharded(
-            getattr(diffusers, kind), Path(folder, key), dtypes.get(key, dtypes["default"]), mesh, variant
-        )
+    if not Path(name).is_dir():
+        name = snapshot_download(name, revision=revision, allow_patterns=[f"{key}/*" for key in classes])
+    return {
+        key: read_sharded(getattr(diffusers, kind), Path(name, key), dtypes.get(key, dtypes["default"]), mesh, variant)
         for key, kind in classes.items()
     }
-    # Of its own class: DiffusionPipeline overlooks components that are given and may be absent, and loads them.
-    pipeline = getattr(diffusers, config["_class_name"], diffusers.DiffusionPipeline)
-    return pipeline.from_pretrained(name, dtype=dtypes, variant=variant, **denoisers)
+
+
+def pipeline_class(name: str | None) -> Any:
+    """The class of diffusers of this name; `None` is the one that finds out itself.
+
+    Raises:
+        UsageError: There is none.
+    """
+    import diffusers
+
+    if name is None:
+        return diffusers.DiffusionPipeline
+    known = [n for n in dir(diffusers) if n.endswith("Pipeline")]
+    if name not in known:
+        raise UsageError(f"model.pipeline: diffusers has no {name!r}{nearest(name, known)}")
+    return getattr(diffusers, name)
 
 
 def check_model(model: Model) -> None:
+    """Raise a UsageError for what of a model's settings can be seen to be wrong before anything is loaded."""
     check_pipeline(model.name, "model.name")
+    pipeline_class(model.pipeline)
+    for name, component in model.components.items():
+        if not Path(component).exists():
+            _expect_hub_id(component, f"model.components.{name}", "folder")
     for name, lora in model.loras.items():
         if Path(lora.name).exists():
-            lora_file(Path(lora.name, lora.file or ""))
+            open_lora(lora_file(Path(lora.name, lora.file or "")))
         else:
             _expect_hub_id(lora.name, f"model.loras.{name}.name", "folder or file")
 
@@ -108,10 +151,19 @@ def load_pipeline(model: Model, mesh: DeviceMesh | None = None) -> Any:
 
     Its denoisers are sharded among the processes of a mesh, if there is one.
     """
-    dtypes = {"default": model.dtype, "vae": model.vae_dtype}
-    pipe = read_pipeline(model.name, "model.name", dtypes, model.variant, mesh)
-    for lora in model.loras.values():
-        fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second)
+    pipe = read_pipeline(
+        model.name,
+        "model.name",
+        {"default": model.dtype, "vae": model.vae_dtype},
+        model.variant,
+        model.revision,
+        model.pipeline,
+        model.components,
+        mesh,
+    )
+    for name, lora in model.loras.items():
+        with located(f"model.loras.{name}"):
+            fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second, lora.partial)
     if model.scheduler:
         pipe.scheduler = replaced_scheduler(pipe, model.scheduler, model.call.get("num_inference_steps"))
     pipe.set_progress_bar_config(disable=True)

@@ -18,7 +18,8 @@ from ..sampling.predictions.windows import predict_long
 from .batches import clip_batch, held_out_clip, held_out_seed
 from .config import Config
 from .data import held_out_clips
-from .lora import load_lora, lora_file
+from .lora import load_lora
+from .lora_files import lora_file
 from .measurement import predict
 from .models import check_model, load_pipeline
 
@@ -45,12 +46,15 @@ class HeldOutClips:
         return (held_out_clip(self._clips, place) for place in range(self._count))
 
 
-def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Callable[[Clip], Tensor]]:
+def restorers(
+    config: Config, loras: Mapping[str, Path | None], partial: bool = False
+) -> dict[str, Callable[[Clip], Tensor]]:
     """A predictor of clips for each LoRA, on one pipeline that is loaded once.
 
     Args:
         config: Its model and prediction are used, and the captions of its data.
         loras: Folder or file of each; None is the model as it is.
+        partial: Whether to leave out what of a LoRA does not fit.
 
     Returns:
         For each name a function from a clip to a video `(F, 3, H, W)` in [0, 1], float32 on the CPU; of a clip that is
@@ -75,7 +79,7 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
         if file is not None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
-                load_lora(pipe, file, adapters[name])
+                load_lora(pipe, file, adapters[name], partial=partial)
     caption, told = config.data.clips.caption if config.data.clips else None, config.data.captions().told
 
     def restorer(name: str) -> Callable[[Clip], Tensor]:

@@ -116,7 +116,7 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(4 * (3 if config.ema.decay is None else 4) * count * (config.checkpoint.keep + 1))
     phases, requests = Phases(parallel.device), StopRequests(say=parallel.is_main)
-    method, state = make_method(config, models, phases), make_state(config, models.trainable)
+    method, state = make_method(config, models, phases), make_state(config, models.pipe, models.trainable)
     validation = Validation(
         method=method,
         data=data,

@@ -179,6 +179,8 @@ def _check_settings(name: str, cls: type, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if key not in accepted:
             raise UsageError(f"model.scheduler: {name} has no setting {key!r}{nearest(key, accepted)}")
+        if value is None and accepted[key].default is None:
+            continue  # whatever is declared
         argument, annotation = f"model.scheduler.{key}", accepted[key].annotation
         allowed = set(get_args(annotation) or [annotation])
         if allowed <= {bool, int, float, str, type(None)} and not (
