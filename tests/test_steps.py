@@ -294,7 +294,9 @@ def test_constant_latents_leave_the_output_of_a_controlnet(problem):
     args, kwargs = with_constant_latents(unet, (latents, 0, text), {"mid_block_additional_residual": residual})
     assert [value.requires_grad for value in (args[0], args[2])] == [False, True]
     assert kwargs["mid_block_additional_residual"] is residual
-    with pytest.raises(UsageError, match="call of Linear has none of the arguments action_tokens, audio_hidden_states, "):
+    with pytest.raises(
+        UsageError, match="call of Linear has none of the arguments action_tokens, audio_hidden_states, "
+    ):
         with_constant_latents(torch.nn.Linear(1, 1), (latents,), {})
 
 

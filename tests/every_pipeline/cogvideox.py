@@ -103,6 +103,5 @@ ENTRIES = {
         _consisid,
         _CALL,
         {**_PROMPT, "image": parts.image(), "id_vit_hidden": [torch.ones(1, 2, 4)], "id_cond": torch.ones(1, 4)},
-        untrained="a row cannot bring the face embeddings `id_vit_hidden` and `id_cond`",
     ),
 }
