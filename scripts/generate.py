@@ -112,6 +112,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from chopgrad_align.data.video import write_video
     from chopgrad_align.sampling.initial_noise import starting_from
+    from chopgrad_align.sampling.outputs import frames_of
     from chopgrad_align.sampling.predictions.latents import frame_axis
     from chopgrad_align.training.batches import call_inputs
 
@@ -138,7 +139,7 @@ def generate(args: argparse.Namespace) -> None:
             inputs["image"] = load_image(str(condition.image))
         try:
             with nullcontext() if noise is None else starting_from(pipe, noise, frame_axis(pipe)):
-                video = pipe(**{**call, **inputs}, output_type="pt").frames[0]
+                video = frames_of(pipe, pipe(**{**call, **inputs}, output_type="pt"))[0]
         except (ValueError, TypeError) as error:  # diffusers checks a call's arguments, and only those, with these
             raise UsageError(f"{type(pipe).__name__} refuses the call: {error}") from error
         write_video(path, video, fps if args.fps is None else args.fps)

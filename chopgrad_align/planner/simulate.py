@@ -24,6 +24,7 @@ from ..objective.losses.protocol import FrameLoss
 from ..objective.objective import Objective
 from ..objective.reward import FrameReward
 from ..objective.statistics import Statistics
+from ..sampling.call_shape import as_taken
 from ..training.build import Models, load_models, make_method
 from ..training.config import Clips, Config
 from ..training.data import buckets
@@ -312,7 +313,7 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     size, shape = config.train.micro_batch, _shape(config)
     videos = _videos(config, config.data.clips, *shape.values()) if config.data.clips else {}
     return MicroBatch(
-        inputs=_inputs(pipe, {**config.model.call, **shape}, size) | shape,
+        inputs=_inputs(pipe, {**config.model.call, **shape}, size) | as_taken(pipe, shape),
         prompts=["a video"] * size,
         frame_seeds=list(range(size)),
         weights=None if videos else {name: [1.0] * size for name in objective.terms},

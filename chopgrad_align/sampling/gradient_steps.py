@@ -55,7 +55,7 @@ class GradientSteps:
         self._planned = -1  # the section that `plan` is of
         self._cache = KeyValueCache()
         self._controlnet = pipe.components.get("controlnet")
-        self._wanted = torch.is_grad_enabled()
+        self._wanted, self._began = torch.is_grad_enabled(), False
 
     @property
     def steps(self) -> GradientSteps:
@@ -76,22 +76,26 @@ class GradientSteps:
         return original(scheduler, *args, **kwargs)
 
     def predict(self) -> None:
-        """Note that a denoiser is called, and record a graph from the first call on that is to have one."""
+        """Note that a denoiser is called, and let the pipeline's own code record a graph from the first call on.
+
+        Guidance and updates then have one as soon as a prediction has, and nothing before that has any: constants are
+        predicted without. (Not from that prediction on: SkyReels V2 goes on with views of its latents, which may not
+        have been made in another mode.)
+        """
         self.loop.predict()
         if self.loop.section > self._planned:
             self.plan = plan_of(self._policy, self.loop.num_steps, self._seed)
             self._planned = self.loop.section
-        if self._carries_gradient() and not torch.is_grad_enabled():
-            # For the rest of the pipeline's own code too, as guidance. No latents need to be detached: those before
-            # this moment never had a graph.
+        if self._wanted and self.loop.step is not None and not torch.is_grad_enabled():
             torch.set_grad_enabled(True)
             _forget_casts()
+        self._began = self._began or self._carries_gradient()
 
     def forward(self, original: Callable[..., Any], denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `denoiser.forward`."""
         self.predict()
         if self.loop.step is None:
-            return self._cache.fill(lambda: self._constant(original, denoiser, args, kwargs))
+            return self._cache.fill(lambda: self._constant(original, denoiser, args, kwargs), denoiser)
         if not self._carries_gradient() or (self.branches.unconditional and not self.plan.unconditional):
             return self._constant(original, denoiser, args, kwargs)
         if self.plan.detach_input:
@@ -116,10 +120,10 @@ class GradientSteps:
         self.loop.expect_end()
         if self.loop.section < 0:
             raise UsageError(f"rollout: {type(self._pipe).__name__} took 0 steps; call it within the context")
-        if self._wanted and not torch.is_grad_enabled():
+        if self._wanted and not self._began:
             raise UsageError(
-                f"rollout: {self._policy!r}: {type(self._pipe).__name__} sampled {self.loop.section + 1} section(s), so "
-                f"that none carries gradient; choose from 0 to {self.loop.section}"
+                f"rollout: {self._policy!r}: {type(self._pipe).__name__} sampled {self.loop.section + 1} section(s), "
+                f"and none of those that were chosen; choose from 0 to {self.loop.section}"
             )
 
     def _constant(self, original: Callable[..., Any], denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

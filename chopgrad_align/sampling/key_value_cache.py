@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import nn
 
 from ..decoding.reproducible_state import ReproducibleState
 
@@ -20,9 +20,9 @@ class KeyValueCache:
     def __init__(self) -> None:
         self._held: Callable[[], Any] | None = None
 
-    def fill(self, call: Callable[[], Any]) -> Any:
-        """Run a call that writes into the cache all that the next section reads."""
-        state = ReproducibleState(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    def fill(self, call: Callable[[], Any], denoiser: nn.Module) -> Any:
+        """Run a call of the denoiser that writes into the cache all that the next section reads."""
+        state = ReproducibleState(next(denoiser.parameters()).device)
 
         def again() -> Any:
             with state.restore():

@@ -27,16 +27,14 @@ def expect_output(pipe: Any, audio: bool = False) -> None:
 
 
 def frames_of(pipe: Any, output: Any, output_type: str = "pt") -> Tensor:
-    """Frames `(B, F, C, H, W)` in [0, 1] of a pipeline that was called with `output_type="pt"`; of another, as they are.
+    """Frames `(B, F, C, H, W)` in [0, 1] of a call with `output_type="pt"`; with another one, what was returned.
 
-    They are `output.frames` in nearly all cases. Cosmos 3 and Sana WM return one clip without B, LTX-2 HDR channels
-    last and light without an upper bound, and LTX with several prompts what its decoder returned.
+    They are `output.frames` in nearly all cases. Cosmos 3 and Sana WM return one clip without B, and LTX with several
+    prompts what its decoder returned.
     """
     frames = next(getattr(output, name) for name in _FRAMES if hasattr(output, name))
     if output_type != "pt":
         return frames
-    if hasattr(pipe, "hdr_video_processor"):
-        frames = frames.movedim(-1, 2)
     if hasattr(pipe, "vae_decode_tiled"):
         frames = pipe.video_processor.postprocess_video(frames, "pt")
     return frames if frames.ndim == 5 else frames[None]

@@ -40,12 +40,12 @@ def differentiable_postprocessing(pipe: Any) -> Iterator[None]:
         nonlocal given
         if output_type == "np" and video.requires_grad:
             given = original(processor, video, "pt", **kwargs)
-            return original(processor, video.detach(), "np", **kwargs)
+            return original(processor, Tensor.detach(video), "np", **kwargs)
         made = original(processor, video, output_type, **kwargs)
         return made if given is None else _StraightThrough.apply(given, made)
 
     def check_frames(original: Callable[..., Any], pipe: Any, video: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _StraightThrough.apply(video, original(pipe, video.detach(), *args, **kwargs))
+        return _StraightThrough.apply(video, original(pipe, Tensor.detach(video), *args, **kwargs))
 
     def decode_tiles(original: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
         return inspect.unwrap(original)(pipe, *args, **kwargs)  # from under its `torch.no_grad`

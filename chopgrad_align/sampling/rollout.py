@@ -71,8 +71,8 @@ def rollout(
 
     Returns:
         Frames `(B, F, C, H, W)` in [0, 1] (see `frames_of`). With `LowVariance(n)` those of its `n + 1` clips one after
-        the other, `((n + 1) B, F, C, H, W)`, of which the first B are the pipeline's. With `audio`, frames and the sound
-        as the pipeline returns it, for LTX-2 `(B, channels, samples)`.
+        the other, `((n + 1) B, F, C, H, W)`, of which the first B are the pipeline's. With `audio`, frames and sound,
+        which is as the pipeline returns it, for LTX-2 `(B, channels, samples)`.
 
     Raises:
         UsageError: See `check_call` and `differentiable`; in the backward pass: weights that changed since the rollout.

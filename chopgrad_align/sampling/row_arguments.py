@@ -22,9 +22,7 @@ from ..data.buckets import Bucket, crop_box, cut
 from ..data.footage import Footage, open_footage
 from ..data.source import BadFile
 from ..data.table_file import text_cell
-
-FRAMES = ("num_frames", "frames", "video_length")
-"""Names that pipelines have for the number of frames."""
+from .call_shape import FRAMES
 
 # What a run decides for each video by itself.
 _RESERVED = re.compile(

@@ -4,10 +4,10 @@ A call of a pipeline is one loop or several, its *sections*: the windows of a lo
 before it made (FramePack, Helios, Cosmos Transfer, Wan Animate), the resolutions of a pyramid, the iterations of
 FreeInit. `set_timesteps` begins one.
 
-A section is a sequence of *iterations*, each of one or more calls of denoisers followed by one or more of schedulers. So
-a scheduler that is called twice (Cosmos 1), copies of it for each latent frame (SkyReels V2 diffusion forcing) and one
-for sound (LTX-2) count once. Denoisers can also be called between sections, to fill a cache of keys and values (AnyFlow
-FAR).
+A section is a sequence of *iterations*, each of one or more calls of denoisers followed by one or more of schedulers.
+So a scheduler that is called twice (Cosmos 1), copies of it for each latent frame (SkyReels V2 diffusion forcing) and
+one for sound (LTX-2) count once. Denoisers can also be called between sections, to fill a cache of keys and values
+(AnyFlow FAR).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from ..common.errors import UsageError, located
 from ..common.loading import construct, unknown_name
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
+from ..sampling.call_shape import as_taken
 from ..sampling.rollout import check_call
 from . import guard
 from .average import Average
@@ -117,7 +118,8 @@ def _check_calls(pipe: Any, config: Config, calls: Sequence[Mapping[str, Any]]) 
                 raise UsageError(f"expected values by name, got {shown(value)}")
     with located("model.call"):
         for call in calls:
-            check_call(pipe, {**call, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
+            taken = as_taken(pipe, call) if config.data.clips else call
+            check_call(pipe, {**taken, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
         most = pipe.scheduler.config.get("num_train_timesteps", math.inf)
         if (config.model.call.get("num_inference_steps") or 0) > most:
             raise UsageError(f"num_inference_steps: expected at most {most}, the times that the scheduler has")
@@ -136,7 +138,7 @@ def make_method(
     """
     settings: dict[str, Any] = {
         "pipe": models.pipe,
-        "call": dict(config.model.call),
+        "call": as_taken(models.pipe, config.model.call) if config.data.clips else dict(config.model.call),
         "objective": models.objective,
         "steps": config.gradient.step_policy(),
         "backprop": config.gradient.policy(),

@@ -38,6 +38,7 @@ def encode_prompts(
     cache: Cache,
     device: torch.device,
     others: Iterable[Mapping[str, Any]] = (),
+    stacked: bool = True,
 ) -> bool:
     """Encode prompts as the pipeline's call would; from then on it takes them from the cache, and has no text encoder.
 
@@ -52,13 +53,14 @@ def encode_prompts(
         cache: Where the embeddings are kept.
         device: To encode on.
         others: Arguments of further calls, which may encode with other settings.
+        stacked: Whether the pipeline will be called with several prompts at a time.
 
     Returns:
         False, and nothing has changed, if the pipeline takes no prompt, or encodes prompts with something else than
         text, such as an image.
 
     Raises:
-        UsageError: The embeddings of two prompts are of different shapes, so that they do not stack.
+        UsageError: The embeddings of two prompts are to be stacked, and of different lengths without a mask.
     """
     encodes = "prompt" in inspect.signature(getattr(pipe, "encode_prompt", lambda: None)).parameters
     if "prompt" not in arguments or not encodes or not text_encoders(pipe):
@@ -73,17 +75,18 @@ def encode_prompts(
         if not learnt:
             return False
         calls += learnt
-    shapes: dict[str, list[torch.Size]] = {}
+    shapes: dict[str, list[list[torch.Size]]] = {}
     other = distributed.is_initialized() and distributed.get_rank() > 0  # than the main process
     for text in tqdm([*texts], desc="encoding prompts", leave=False, disable=other):
         rows = [encoded.add({name: text.get(name, value) for name, value in call.items()}) for call in calls]
         prompt = text["prompt"]
-        shapes[prompt] = [tensor.shape for row in rows for tensor in row.values()]
+        shapes[prompt] = [[tensor.shape for tensor in row.values()] for row in rows]
         first = next(iter(shapes))
-        if shapes[prompt] != shapes[first]:
+        if stacked and shapes[prompt] != shapes[first] and not all(map(_has_mask, rows)):
             raise UsageError(
                 f"{type(pipe).__name__} encodes {first!r} and {prompt!r} to different shapes, {shapes[first]} and "
-                f"{shapes[prompt]}, which do not stack: set model.encode_prompts_once=false"
+                f"{shapes[prompt]}, which do not stack: set train.micro_batch=1 and validation.batch=1, or "
+                "model.encode_prompts_once=false"
             )
     pipe.encode_prompt = encoded
     release_text_encoders(pipe)
@@ -125,7 +128,7 @@ class _EncodedPrompts:
         device = arguments.pop("device", None) or self._pipe.device
         rows = [self._row(one) for one in _one_by_one(arguments)]
         together = {
-            name: torch.cat([row[name] for row in rows]).to(device) if first.numel() else None
+            name: torch.cat(_padded([row[name] for row in rows])).to(device) if first.numel() else None
             for name, first in rows[0].items()
         }
         return together[_ALONE] if _ALONE in together else tuple(together.values())
@@ -177,6 +180,21 @@ def _one_by_one(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
             name: value[i] if isinstance(value, list) and len(value) == len(prompts) else value
             for name, value in arguments.items()
         }
+
+
+def _has_mask(row: Mapping[str, Tensor]) -> bool:
+    """True if a mask of tokens, `(1, tokens)` of whole numbers, is among the embeddings of a prompt."""
+    return any(tensor.ndim == 2 and not tensor.is_floating_point() for tensor in row.values())
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    """Embeddings `(1, tokens, …)` of the same number of tokens, the missing ones zero; so are they in a mask."""
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return tensors
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [
+        torch.cat([tensor, tensor.new_zeros(1, longest - tensor.shape[1], *tensor.shape[2:])], 1) for tensor in tensors
+    ]
 
 
 def _json(arguments: Mapping[str, Any]) -> str:

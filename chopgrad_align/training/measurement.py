@@ -19,6 +19,7 @@ from ..data.video import write_video
 from ..evaluation.witnesses import Witness, on_device
 from ..objective.objective import Objective
 from ..objective.terms import Reference
+from ..sampling.outputs import frames_of
 from ..sampling.predictions import Prediction
 from .batches import Batches
 from .methods.protocol import MicroBatch
@@ -211,5 +212,5 @@ def predict(
 ) -> tuple[Tensor, Reference]:
     """Videos `(B, F, 3, H, W)` in [0, 1] by the pipeline's plain call, and what to compare them with."""
     with prediction.prepare(pipe, batch.videos, batch.seeds, False, latents) as begun:
-        video = pipe(**call | dict(batch.inputs) | dict(begun.inputs), output_type="pt").frames
-    return video, begun.reference()
+        output = pipe(**call | dict(batch.inputs) | dict(begun.inputs), output_type="pt")
+    return frames_of(pipe, output), begun.reference()

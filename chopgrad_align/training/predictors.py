@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..common.errors import UsageError
 from ..data.clips import Clip
+from ..sampling.call_shape import as_taken, frames_asked
 from ..sampling.predictions import Denoise
 from ..sampling.predictions.windows import predict_long
 from .batches import clip_batch, held_out_clip, held_out_seed
@@ -94,11 +95,11 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
             def run(videos: Mapping[str, Tensor]) -> Tensor:
                 part = dataclasses.replace(clip, videos={role: video[0] for role, video in videos.items()})
                 with torch.no_grad():
-                    video, _ = predict(pipe, call, prediction, clip_batch(pipe, [part], texts, seeds))
+                    video, _ = predict(pipe, as_taken(pipe, call), prediction, clip_batch(pipe, [part], texts, seeds))
                 return video.float().cpu().clamp(0, 1)
 
             whole = {role: video[None] for role, video in clip.videos.items()}
-            window = call.get("num_frames", len(clip.videos["target"]))
+            window = frames_asked(call) or len(clip.videos["target"])
             if len(clip.videos["target"]) <= window:
                 return run(whole)[0]
             stride = pipe.vae_scale_factor_temporal

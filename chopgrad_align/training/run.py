@@ -10,6 +10,7 @@ from ..common.errors import UsageError
 from ..data.cache import Cache
 from ..evaluation.heldout import Paired
 from ..evaluation.witnesses import check_witnesses
+from ..sampling.call_shape import frames_asked
 from ..sampling.predictions.columns import arguments
 from .build import load_models, make_guard, make_method, make_state, make_witnesses
 from .config import Config
@@ -104,7 +105,7 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
     batches = data.batches(models.pipe, models.objective, config)
     size = (call["height"], call["width"]) if call.get("height") and call.get("width") else (64, 64)
     prompts = (batches.prompts(0) * 2)[:2]  # there may be one
-    probe = (prompts, call.get("num_frames", 5), size, parallel.device)
+    probe = (prompts, frames_asked(call) or 5, size, parallel.device)
     for name, term in models.objective.terms.items():
         term.check(name, *probe)
     witnesses = make_witnesses(config)
@@ -154,7 +155,8 @@ def prepare(trainer: Trainer, resume: bool) -> None:
             for kind in batches.kinds()
         )
         texts = batches.texts(config.train.steps)
-        encode_prompts(method.pipe, first, texts, Cache(config.data.cache), parallel.device, others)
+        stacked = max(config.train.micro_batch, config.validation.batch) > 1
+        encode_prompts(method.pipe, first, texts, Cache(config.data.cache), parallel.device, others, stacked)
     method.pipe.to(parallel.device)
     trainer.inputs = parallel.on_main(lambda: fingerprints(config))
     if resume:

@@ -16,6 +16,7 @@ from ...decoding.selected_frames import decode_selected_frames
 from ...objective.objective import Objective
 from ...objective.statistics import Statistics
 from ...objective.terms import Reference
+from ...sampling.call_shape import frames_asked
 from ...sampling.predictions import Prediction, Sample
 from ...sampling.rollout import RolloutPart, rollout_parts
 from ...sampling.steps import StepPolicy
@@ -54,7 +55,8 @@ class DirectGradient:
         """See `Method`."""
         call = {**self.call, **batch.inputs}
         read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
-        whole = functools.partial(self.decode, read=read, expected=call.get("num_frames"))
+        expected = frames_asked(call) or (batch.videos["target"].shape[1] if "target" in batch.videos else None)
+        whole = functools.partial(self.decode, read=read, expected=expected)
         streams = "target" in batch.videos and can_stream(self.objective, self.backprop)
         streamed: StreamedLosses | None = None
 
