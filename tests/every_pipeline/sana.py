@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import diffusers
 import numpy
 import torch
