@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
 from tiny_vaes import ltx2_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import diffusers
 import numpy
+import tiny_parts as parts
 import torch
 from tiny_vaes import ltx2_vae, wan_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {
