@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chopgrad_align.common import command_line as cli
-from chopgrad_align.common.errors import UsageError, exit_on_usage_error
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error, located
 from chopgrad_align.data.prompts import Condition, read_conditions
 
 if TYPE_CHECKING:
@@ -107,14 +107,15 @@ def generate(args: argparse.Namespace) -> None:
         raise UsageError(f"--lora-scale {args.lora_scale}: there is no LoRA; give --run or --lora too")
 
     import torch
-    from diffusers.utils import load_image
     from tqdm import tqdm
 
     from chopgrad_align.data.video import write_video
     from chopgrad_align.sampling.initial_noise import starting_from
     from chopgrad_align.sampling.outputs import frames_of
     from chopgrad_align.sampling.predictions.latents import frame_axis
+    from chopgrad_align.sampling.rollout import check_call
     from chopgrad_align.training.batches import call_inputs
+    from chopgrad_align.training.bound_conditions import bind
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config:
@@ -129,14 +130,18 @@ def generate(args: argparse.Namespace) -> None:
         load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale)
     call = _call_arguments(pipe, defaults, args)
     noise = config.model.initial_noise() if config else None
-    for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
+    rows = bind(pipe, conditions, config.data.ignore if config else ()).rows
+    for row in (row for row in rows if row.constants):
+        with located(row.condition.place):
+            check_call(pipe, {**call, **row.constants})
+    for index, (row, path) in enumerate(zip(rows, tqdm(paths, unit="video"), strict=True)):
+        condition = row.condition
         pipe.set_progress_bar_config(desc=path.stem, leave=False)
         told = config.data.captions().told(condition.prompt) if config else condition.prompt
-        inputs = call_inputs(pipe, [told], [args.seed + index])
+        inputs = call_inputs(pipe, [told], [args.seed + index if condition.seed is None else condition.seed])
         if condition.negative_prompt is not None:
             inputs["negative_prompt"] = condition.negative_prompt
-        if condition.image:
-            inputs["image"] = load_image(str(condition.image))
+        inputs |= row.inputs(pipe, call)
         try:
             with nullcontext() if noise is None else starting_from(pipe, noise, frame_axis(pipe)):
                 video = frames_of(pipe, pipe(**{**call, **inputs}, output_type="pt"))[0]

@@ -615,6 +615,25 @@ def test_stride_and_starts(folder):
     assert clips.clip(0).fps == pytest.approx(RATE / 3)
 
 
+def test_a_long_file_is_cut_into_clips_each_of_its_own(folder):
+    clips = Clips(read_folder(folder)[1:2], [Bucket(5, 24, 32)], starts="all")
+    found = [numbers(clips.clip(i, 0, step).videos["target"]) for step in range(2) for i in range(len(clips))]
+    assert found == [list(range(start, start + 5)) for start in (0, 5, 11, 16)] * 2  # of 21 frames
+    assert len(clips.captions) == 4
+    assert {i for step in range(2) for i in clips.batch(step, 2, seed=0)} == {0, 1, 2, 3}
+
+
+def test_pictures_are_clips_of_one_frame(tmp_path):
+    picture = texture_clip(seed=1, frames=1, size=48)[:, 0]
+    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    row = Row("a.png", "", {"target": tmp_path / "a.png"})
+    clip = Clips([row], [Bucket(1, 48, 48)], degradation=Downscale((2, 2))).clip(0)
+    assert clip.bucket == Bucket(1, 48, 48)
+    assert (clip.videos["target"][0] - picture).abs().max() <= 0.5 / 255
+    with pytest.raises(UsageError, match=r"1 still \(a\.png: a picture is no video, but of a bucket of one frame"):
+        Clips([row], [Bucket(4, 48, 48)])
+
+
 def test_batches_are_of_one_bucket_and_epochs_see_everything(folder):
     clips = Clips(read_folder(folder), [Bucket(4, 24, 32), Bucket(4, 32, 24)])
     batches = [clips.batch(step, 2, seed=3) for step in range(6)]

@@ -67,9 +67,19 @@ def open_footage(source: Source, name: str, folder_fps: float = 24.0, background
     content = fetch(source)
     # `os.path`, because `Path.exists` raises for what is too long for a name, such as a caption in the wrong column.
     if isinstance(content, Path) and not os.path.exists(content):
-        raise BadFile("missing", name, "no such file; paths in the metadata are relative to its folder")
+        raise BadFile("missing", name, f"no such file{_in_other_letters(content)}; paths are relative to the metadata")
     if isinstance(content, list) or (isinstance(content, Path) and content.is_dir()):
         return FrameFolder.open(source, name, folder_fps, background)
     if is_still(content):
         return Still.open(source, name, background)
     return VideoFile.open(source, name, background)
+
+
+def _in_other_letters(path: Path) -> str:
+    """A hint at a file whose name differs in capitals alone."""
+    try:
+        names = os.listdir(path.parent)
+    except (OSError, ValueError):
+        return ""
+    found = next((name for name in names if name.casefold() == path.name.casefold()), None)
+    return f", but {found}" if found else ""

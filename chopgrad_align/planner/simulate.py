@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UsageError
 from ..common.storage_count import StorageCount
+from ..data.buckets import Bucket
 from ..decoding.backprop import Backprop
 from ..decoding.selected_frames import decode_selected_frames
 from ..objective.losses.protocol import FrameLoss
@@ -330,15 +331,16 @@ def _steps(config: Config) -> dict[str, int]:
 
 
 def _shape(config: Config) -> dict[str, int]:
-    """Frames and size in the pipeline's call, for clips of the largest bucket; empty for prompts."""
-    if config.data.clips is None:
-        return {}
-    return max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width).arguments
+    """Frames and size in the pipeline's call, for the largest bucket; empty for prompts without any."""
+    shapes = [Bucket(*shape) for shape in config.data.buckets]
+    if config.data.clips is not None:
+        shapes = buckets(config, config.data.clips)
+    return max(shapes, key=lambda b: b.frames * b.height * b.width).arguments if shapes else {}
 
 
 def _videos(config: Config, clips: Clips, frames: int, height: int, width: int) -> dict[str, Tensor]:
     """Black clips, with values, because they become pictures where the pipeline's call takes them."""
-    roles = {"target", *clips.columns, *config.prediction.roles.values()} - {"caption"}
+    roles = {*(clips.columns or ("target",)), *config.prediction.roles.values()} - {"caption"}
     if clips.degradation is not None or clips.mask is not None:
         roles.add("degraded")
     if clips.mask is not None:
