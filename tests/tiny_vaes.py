@@ -240,3 +240,13 @@ def magvit_vae(spatial_group_norm: bool = True):
 def kvae_video_vae():
     """Group norms are over 32 groups, which is therefore the least width."""
     return _frozen(diffusers.AutoencoderKLKVAEVideo, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4)
+
+
+def kandinsky6_sr_vae():
+    return _frozen(
+        diffusers.Kandinsky6SRVAE,
+        latent_channels=4,
+        encoder_block_out_channels=(4, 8, 16),  # which double
+        decoder_block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+    )

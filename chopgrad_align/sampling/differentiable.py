@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 from unittest import mock
@@ -116,7 +117,7 @@ def _decoded_by(pipe: Any, decode: Callable[..., Tensor], backprop: Backprop) ->
         return_dict = given.pop("return_dict", True)
         pixels = decode(vae, given.pop("z"), backprop, **given)
         # Cosmos Transfer detaches what it decodes, section by section; for the next one that `encode` makes a constant.
-        vars(pixels)["detach"] = lambda: pixels
+        vars(pixels)["detach"] = weakref.ref(pixels)  # not the tensor itself: a cycle would keep its graph
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     # The same clamp with the policy's gradient: the pipeline's own would stop what the decoder's let through.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from tiny_vaes import cosmos_vae, wan_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {

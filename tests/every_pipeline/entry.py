@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+TOLERANCE = 5e-6
+"""Of a gradient, in parts of the norm of plain autograd's."""
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 

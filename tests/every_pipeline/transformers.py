@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
 from tiny_vaes import allegro_vae, image_vae, magvit_vae, mochi_vae, wan_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
