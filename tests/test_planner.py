@@ -22,7 +22,7 @@ from chopgrad_align.common.errors import UsageError
 from chopgrad_align.common.storage_count import StorageCount
 from chopgrad_align.objective.statistics import Statistics
 from chopgrad_align.planner import choose, stand_ins
-from chopgrad_align.planner.report import fragment, in_words
+from chopgrad_align.planner.report import as_it_is, fragment, in_words
 from chopgrad_align.planner.simulate import Figures, Memory
 from chopgrad_align.planner.weightless import Simulation, weightless
 from chopgrad_align.sampling.steps import LastSteps
@@ -575,6 +575,18 @@ def test_the_command_plans_for_a_config_in_json_and_in_words(folder, capsys, mai
         main([*command[:2], "--gpu", "1.5001GiB"])
     assert stopped.value.code == 1
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_the_command_counts_a_run_as_it_is(folder, capsys, main):
+    config = run(folder, "wan_t2v", "gradient.cache=host")
+    main(["--config", str(folder / "config.yaml"), "gradient.cache=host"])
+    words = capsys.readouterr().out
+    figures = counted(config)
+    assert f"as it is: {as_it_is(figures)}\n" in words
+    assert as_it_is(figures).startswith(f"{figures.peak / GIB:.1f} GiB of the device, in the phase '{figures.largest}'")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", str(folder / "config.yaml"), "--json"])
+    assert "give --gpu too" in capsys.readouterr().err
 
 
 def test_the_command_plans_for_a_folder(folder, capsys, main):

@@ -14,9 +14,11 @@ import torch
 from every_pipeline import ENTRIES
 from safetensors.torch import load_file
 
+from chopgrad_align.common.errors import UsageError
+from chopgrad_align.training.config import Model
 from chopgrad_align.training.config_file import load_config
 from chopgrad_align.training.lora import load_lora
-from chopgrad_align.training.models import read_pipeline
+from chopgrad_align.training.models import check_model, read_pipeline
 from chopgrad_align.training.run import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -79,6 +81,25 @@ def test_the_published_model_makes_the_configs_size_exactly(name):
     call = load_config(CONFIGS / f"{name}.yaml").model.call
     frames, pixels = GRIDS[max((known for known in GRIDS if name.startswith(known)), key=len)]
     assert (call["num_frames"] - 1) % frames == call["height"] % pixels == call["width"] % pixels == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"pipeline": "AnimateDifPipeline"},
+            "diffusers has no 'AnimateDifPipeline'; did you mean 'AnimateDiffPipeline'",
+        ),
+        (
+            {"components": {"motion_adapter": "nowhere"}},
+            r"model\.components\.motion_adapter: there is no folder nowhere",
+        ),
+    ],
+    ids=["pipeline", "component"],
+)
+def test_what_a_model_is_made_of_is_looked_at_first(settings, message):
+    with pytest.raises(UsageError, match=message):
+        check_model(Model(name="owner/name", **settings))
 
 
 def stand_in(name):

@@ -91,7 +91,7 @@ class FusedLora:
     second: bool = False
     """True for the LoRA of `transformer_2`, of Wan 2.2's pair of transformers."""
     partial: bool = False
-    """Leave out what of it does not fit the model; otherwise that is an error."""
+    """True to leave out what of it does not fit the model; otherwise that is an error."""
 
 
 @_strict
@@ -146,7 +146,7 @@ class Lora:
     """Names of the denoiser's linear layers, or one regular expression of whole names, which can choose blocks:
     blocks\\.(2[0-9])\\..*to_[qkv] are those of the blocks 20 to 29."""
     denoisers: Annotated[list[Literal["transformer", "transformer_2", "unet"]], EachOnce] | None = None
-    """The denoisers that have one; default: all. Of Wan 2.2's pair the last steps, which are of low noise, are those of
+    """Denoisers that have one; default: all. Of Wan 2.2's pair the last steps, which are of low noise, are those of
     `transformer_2`: with `gradient.last_steps` a LoRA on the other has no gradient."""
     rslora: bool = False
     """Scale by alpha / √rank (rsLoRA, arXiv 2312.03732)."""
@@ -160,7 +160,7 @@ class Lora:
     start_from: Name | None = None
     """Folder or file of a LoRA of the same rank and layers, to go on from, such as that of an earlier run."""
     partial: bool = False
-    """Take what fits of `start_from`; layers that it does not have start as new ones. Otherwise that is an error."""
+    """True to take what fits of `start_from`, and start the other layers as new ones; otherwise that is an error."""
     dropout: Fraction = 0.0
     """Share of the LoRA's input that is set to zero. Above 0, results depend on the number of processes and on
     `train.micro_batch`."""
