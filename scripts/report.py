@@ -1,9 +1,10 @@
 """Write the page of a run, `report.html`, again: also of a run that was cut off, or that still trains.
 
-    python scripts/report.py runs/fox
-    python scripts/report.py runs/fox --watch          # again at each measurement, until the run has come to its end
+python scripts/report.py runs/fox
+python scripts/report.py runs/fox --watch          # again at each measurement, until Ctrl-C
 """
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from chopgrad_align.common import command_line as cli
@@ -24,8 +25,9 @@ def report(run: Path, watch: bool) -> None:
     from chopgrad_align.evaluation.report import write_report
     from chopgrad_align.evaluation.watch import measurements
 
-    for _ in measurements(run) if watch else range(1):
-        print(f"look at {write_report(run)}", flush=True)
+    with suppress(KeyboardInterrupt) if watch else nullcontext():
+        for _ in measurements(run) if watch else range(1):
+            print(f"look at {write_report(run)}", flush=True)
 
 
 if __name__ == "__main__":

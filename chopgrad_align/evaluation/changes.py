@@ -13,6 +13,8 @@ from ..objective.reading import Reading
 from .heldout import Paired, paired_where_finite
 from .witnesses import Bounds
 
+_PLAIN = Reading("")  # as it is, no direction better
+
 
 @dataclass(frozen=True)
 class Change:
@@ -32,7 +34,7 @@ class Change:
     after: Paired
     last: Paired | None = None
     bounds: Bounds | None = None
-    reading: Reading = Reading("")
+    reading: Reading = _PLAIN
 
     def breached(self, side: Paired | None) -> bool:
         """True if `after` or `last` is out of bounds."""
@@ -60,7 +62,7 @@ def changes(held_out: Mapping[str, Any]) -> list[Change]:
     for kind in ("terms", "witnesses"):
         for name, sides in held_out.get(kind, {}).items():
             trained = kind == "terms"
-            reading = Reading.of(held_out.get("readings", {}), name) if trained else Reading("")
+            reading = Reading.of(held_out.get("readings", {}), name) if trained else _PLAIN
             after, last = (_compared(sides, side, conditions, reading) for side in ("after", "last"))
             if after is not None:
                 found.append(Change(name, trained, after, last, None if trained else bounds.get(name), reading))

@@ -23,6 +23,8 @@ WITNESS = "heldout/witness/"
 
 Series = dict[str, np.ndarray]
 
+_PLAIN = Reading()
+
 
 @dataclass(frozen=True)
 class Line:
@@ -128,7 +130,7 @@ def panels(
     found = [_term(name, training, held_out, measured, Reading.of(readings, name)) for name in terms]
     if len(terms) != 1:
         lines = [_smooth(training, "reward")] if "reward" in training else []
-        points = _points(held_out, "heldout/reward_mean", [m.objective for m in measured], measured, Reading())
+        points = _points(held_out, "heldout/reward_mean", [m.objective for m in measured], measured, _PLAIN)
         found.append(Panel("objective", lines, points))
     norm = training.get("grad_norm")
     if norm is not None:
@@ -153,14 +155,12 @@ def witness_panel(held_out: Series) -> Panel | None:
     return Panel("witnesses, relative to the base model", lines, level=1.0) if lines else None
 
 
-def _smooth(training: Series, key: str, reading: Reading = Reading()) -> Line:  # noqa: B008 (immutable)
+def _smooth(training: Series, key: str, reading: Reading = _PLAIN) -> Line:
     values = reading.offset + reading.scale * training[key]
     return Line("training, smoothed", training["step"], smoothed(values), values)
 
 
-def _term(
-    name: str, training: Series, held_out: Series, measured: Sequence[Measurement], reading: Reading
-) -> Panel:
+def _term(name: str, training: Series, held_out: Series, measured: Sequence[Measurement], reading: Reading) -> Panel:
     lines = [_smooth(training, f"{name}/score", reading)] if f"{name}/score" in training else []
     points = _points(held_out, f"heldout/{name}", [m.terms.get(name, []) for m in measured], measured, reading)
     return Panel(f"{name}, {reading.unit}" if reading.unit else name, lines, points)

@@ -32,12 +32,14 @@ class FusedVideo:
         mp4: The file.
         poster: Its first frame as a JPEG file.
         size: Width and height, in pixels.
+        gap: Between two videos, in pixels.
         enlarged: Whether each pixel is a square of several.
     """
 
     mp4: bytes
     poster: bytes
     size: tuple[int, int]
+    gap: int
     enlarged: bool
 
 
@@ -70,8 +72,8 @@ def fuse(paths: Sequence[Path], widest: int, most_bytes: int) -> FusedVideo:
         encode_video(path, chain([first], pictures), fps, {"crf": _QUALITY, **rate})
         mp4 = path.read_bytes()
     poster = io.BytesIO()
-    Image.fromarray(first).save(poster, "jpeg", quality=80)
-    return FusedVideo(mp4, poster.getvalue(), (first.shape[1], first.shape[0]), width > stream.width)
+    Image.fromarray(first).save(poster, "jpeg", quality=75)
+    return FusedVideo(mp4, poster.getvalue(), (first.shape[1], first.shape[0]), _GAP, width > stream.width)
 
 
 def _size(width: int, height: int, widest: int) -> tuple[int, int]:

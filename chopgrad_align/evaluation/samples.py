@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _GIVEN = ("control", "degraded")  # what a prediction starts from
-_HIGHLIGHTS = 3  # pairs of the largest gains, of those about the median, and of the smallest
+_HIGHLIGHTS = 2  # pairs of the largest gains, of those about the median, and of the smallest
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def grouped(samples: Sequence[Sample]) -> list[tuple[str, list[Sample]]]:
     """
     ordered = sorted(samples, key=lambda sample: -sample.gain if math.isfinite(sample.gain) else math.inf)
     known = sum(math.isfinite(sample.gain) for sample in ordered)
-    if known <= 3 * _HIGHLIGHTS:
+    if known <= 4 * _HIGHLIGHTS:
         return [("", ordered)] if ordered else []
     middle = (known - _HIGHLIGHTS) // 2
     places = {
@@ -83,8 +83,10 @@ def typical(samples: Sequence[Sample]) -> list[Sample]:
     groups = grouped(samples)
     ordered = [sample for _, group in groups[:3] for sample in group]
     if len(groups) > 1:
-        return [groups[0][1][0], groups[1][1][_HIGHLIGHTS // 2], groups[2][1][-1]]
-    return [ordered[place] for place in dict.fromkeys((0, (len(ordered) - 1) // 2, len(ordered) - 1))] if ordered else []
+        return [groups[0][1][0], groups[1][1][-1], groups[2][1][-1]]
+    return (
+        [ordered[place] for place in dict.fromkeys((0, (len(ordered) - 1) // 2, len(ordered) - 1))] if ordered else []
+    )
 
 
 def spread(steps: Sequence[int], most: int, kept: int | None) -> list[int]:

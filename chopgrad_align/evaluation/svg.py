@@ -119,7 +119,9 @@ def _grid(x: _Axis, y: _Axis) -> list[str]:
         parts.append(f'<text x="{_LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{_number(value)}</text>')
     for value in x.ticks(5, whole=True):
         # The first and the last label must not stick out.
-        parts.append(f'<text x="{min(x(value), _RIGHT - 10):.1f}" y="{_BOTTOM + 17}" text-anchor="middle">{value:g}</text>')
+        parts.append(
+            f'<text x="{min(x(value), _RIGHT - 10):.1f}" y="{_BOTTOM + 17}" text-anchor="middle">{value:g}</text>'
+        )
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_RIGHT}" y1="{_BOTTOM}" y2="{_BOTTOM}"/>')
     return parts
 

@@ -112,7 +112,11 @@ class RunFolder:
         try:
             held_out = json.loads(self.held_out.read_text(encoding="utf-8"))
             last = held_out["steps"].get("last", held_out["steps"]["after"])
-            return last == steps and not held_out.get("interim") and self.report.stat().st_mtime >= self.held_out.stat().st_mtime
+            return (
+                last == steps
+                and not held_out.get("interim")
+                and self.report.stat().st_mtime >= self.held_out.stat().st_mtime
+            )
         except (OSError, ValueError, KeyError):
             return False
 
