@@ -54,12 +54,9 @@ def headlines(run: RunFiles, rows: Sequence[Change]) -> list[Headline]:
 
 def _headline(row: Change, sides: Mapping[str, Any], run: RunFiles) -> Headline:
     p = row.after
-    pairs = [tuple(map(row.reading, pair)) for pair in zip(run.scores("before", sides), run.scores("after", sides))]  # noqa: B905 (compared already)
-    moved, verb = (
-        (sum(after > before for before, after in pairs), "rose")
-        if p.gain >= 0
-        else (sum(after < before for before, after in pairs), "fell")
-    )
+    side, verb = (1, "rose") if p.gain >= 0 else (-1, "fell")
+    pairs = zip(run.scores("before", sides), run.scores("after", sides), strict=True)
+    moved = sum(side * (row.reading(after) - row.reading(before)) > 0 for before, after in pairs)
     note = f"{_MEANING[row.verdict]}, p = {p_value(p.p_value)}; {moved} of {p.count} pairs {verb} (n = {p.sample})"
     texts = before_and_after(p)
     return Headline(row.name, row.reading.unit, _DIRECTION[row.reading.better], row.verdict, *texts, note)
@@ -75,17 +72,11 @@ def verdict(rows: Sequence[Change]) -> tuple[str, bool]:
 
 def progress(run: RunFiles) -> str:
     """A sentence about a run that has not come to its end; one that ended early has said so in a remark."""
-    measured = max(run.held_out.get("steps", {}).values(), default=0)
-    ended = run.held_out and not run.held_out.get("interim") and "remarks" in run.held_out
-    if (
-        not (run.training or run.rows)
-        or (ended and run.step <= max(measured, 0))
-        or (ended and "after" not in run.held_out)
-    ):
+    if not (run.training or run.rows) or (run.held_out and not run.held_out.get("interim")):
         return ""
-    of = f" of {run.steps}" if run.steps else ""
+    measured = max(run.held_out.get("steps", {}).values(), default=0)
     last = f"held-out pairs were last measured at step {measured}" if measured else "not measured after training yet"
-    return f"Step {run.step}{of}; {last}."
+    return f"Step {run.step}{f' of {run.steps}' if run.steps else ''}; {last}."
 
 
 def model(run: RunFiles) -> str:

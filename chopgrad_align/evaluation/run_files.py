@@ -58,7 +58,7 @@ class RunFiles:
         self.measured: list[Measurement] = read_measurements(folder / "heldout")
         held_out = read_json(folder / "heldout.json", dict)
         if "after" not in (held_out or {}) and len(self.measured) > 1:  # of a run that was killed
-            held_out = {**comparison(self.measured, self.measured[-1]), **(held_out or {})}
+            held_out = {**comparison(self.measured, self.measured[-1]), "interim": True}
         self.held_out: dict[str, Any] = held_out or {}
         self.readings: Mapping[str, Any] = self.held_out.get("readings", {})
         self.training, self.rows = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else ({}, {})
@@ -94,5 +94,10 @@ class RunFiles:
         return self.held_out.get("terms") or ({"objective": self.held_out} if "after" in self.held_out else {})
 
     def scores(self, side: str, of: Mapping[str, Any] | None = None) -> list[float]:
-        """The objective of each pair, or a term or witness, before or after; NaN where it is not finite."""
+        """The objective of each pair, or a term or witness, `before` or `after`; NaN where it is not finite."""
         return [math.nan if v is None else v for v in (self.held_out if of is None else of).get(side, [])]
+
+    def pair(self, place: int, of: Mapping[str, Any]) -> tuple[float, float]:
+        """A term or witness of the pair at a place, before and after; NaN if it was not measured."""
+        before, after = ([*self.scores(side, of)[place : place + 1], math.nan][0] for side in ("before", "after"))
+        return before, after

@@ -90,11 +90,12 @@ def typical(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def spread(steps: Sequence[int], most: int, kept: int | None) -> list[int]:
-    """At most so many of the steps, evenly spread, the first, the last and `kept` among them."""
+    """At most so many of the steps, evenly spread, the first, the last and, if it is one of them, `kept` among them."""
     if len(steps) <= most:
         return list(steps)
     chosen = {steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)}
-    if kept in steps and kept not in chosen:
-        inner = sorted(chosen)[1:-1]
-        chosen = chosen - {min(inner, key=lambda step: abs(step - kept))} | {kept}  # type: ignore[operator, return-value]
+    if kept is not None and kept in steps and kept not in chosen:
+        place = kept  # of the nearest one between the ends
+        chosen.remove(min(sorted(chosen)[1:-1], key=lambda step: abs(step - place)))
+        chosen.add(place)
     return sorted(chosen)

@@ -78,17 +78,14 @@ def shown_samples(run: RunFiles, samples: Sequence[Sample]) -> tuple[list[tuple[
     return [(heading, [*map(pages.pair, group)]) for heading, group in groups], [*map(pages.course, courses)]
 
 
-def score(run: RunFiles, name: str, sides: Mapping[str, Any], place: int) -> Score | None:
-    """A term of the pair at a place, as people read it; None if it was not measured."""
-    values = [run.scores(side, sides)[place : place + 1] for side in ("before", "after")]
-    if not all(values):
-        return None
+def score(run: RunFiles, name: str, sides: Mapping[str, Any], place: int) -> Score:
+    """A term of the pair at a place, as people read it."""
     reading = Reading.of(run.readings, name)
-    before, after = (reading(value) for (value,) in values)
+    before, after = map(reading, run.pair(place, sides))
     gain, digits = after - before, places(before, after)
-    verdict = (
-        "" if not reading.better or not gain else "better" if (gain > 0) == (reading.better == "higher") else "worse"
-    )
+    verdict = ""
+    if reading.better and gain and math.isfinite(gain):
+        verdict = "better" if (gain > 0) == (reading.better == "higher") else "worse"
     unit = f" {reading.unit}" if reading.unit else ""
     return Score(name, fixed(before, digits), fixed(after, digits) + unit, fixed(gain, digits, "+"), verdict)
 
@@ -105,10 +102,9 @@ class _Pairs:
         """Everything before and after, with scores and witnesses."""
         run, place = self.run, sample.place
         clip = self._clip(list(sample.sides.values()), [side.capitalize() for side in sample.sides], _WIDTH)
-        scores = [found for name, sides in run.terms.items() if (found := score(run, name, sides, place))]
-        witnesses = [
-            (n, text) for n, sides in run.held_out.get("witnesses", {}).items() if (text := self._ratio(sides, place))
-        ]
+        scores = [score(run, name, sides, place) for name, sides in run.terms.items()]
+        watched = run.held_out.get("witnesses", {}).items()
+        witnesses = [(name, text) for name, sides in watched if (text := _relative(*run.pair(place, sides)))]
         return Pair(self._prompt(sample), clip, scores, witnesses)
 
     def course(self, sample: Sample) -> Pair:
@@ -123,16 +119,6 @@ class _Pairs:
 
     def _prompt(self, sample: Sample) -> str:
         return self.prompts[sample.place] if sample.place < len(self.prompts) else ""
-
-    def _ratio(self, sides: Mapping[str, Any], place: int) -> str:
-        """A witness relative to before, or its difference where that is not positive."""
-        values = [
-            run_scores[place] for side in ("before", "after") if place < len(run_scores := self.run.scores(side, sides))
-        ]
-        if len(values) < 2 or not all(map(math.isfinite, values)):
-            return ""
-        before, after = values
-        return f"×{after / before:.2f}" if before > 0 else f"{after - before:+.2g}".replace("-", "−")
 
     def _score_at(self, step: int, place: int) -> str:
         """The one term of the objective at a step, or the objective."""
@@ -157,3 +143,10 @@ class _Pairs:
         fused = fuse(paths, widest, self.most_bytes)
         uri, poster = data_uri(fused.mp4, "video/mp4"), data_uri(fused.poster, "image/jpeg")
         return Clip(uri, poster, fused.size, 100 * fused.gap / fused.size[0], fused.enlarged, labels, notes, chosen)
+
+
+def _relative(before: float, after: float) -> str:
+    """A witness relative to before, or its difference where that is not positive; empty if one is not finite."""
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return ""
+    return f"×{after / before:.2f}" if before > 0 else f"{after - before:+.2g}".replace("-", "−")
