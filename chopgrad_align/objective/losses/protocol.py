@@ -42,7 +42,7 @@ class _RegionLoss(nn.Module, ABC):
     """A loss with a weight for what lies inside and outside a mask."""
 
     has_map: ClassVar[bool] = True
-    """Whether errors have a place; if not, a mask can leave a region out but not weigh it."""
+    """True if errors have a place; if not, a mask can leave a region out but not weigh it."""
 
     reading: ClassVar[Reading] = Reading("lower")
     """The way people read its errors."""
