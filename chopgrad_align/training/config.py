@@ -473,7 +473,8 @@ class Validation:
     """Pairs of a condition that come one after the other: with 2, half as many conditions, and `diversity` between
     seeds."""
     videos: NonNegative = 8
-    """Number of them that are written as mp4."""
+    """Number of them that are written as mp4, the first ones. The report shows those of them that gained most and
+    least, and those about the median; more are better, where the disk has room for as many at each measurement."""
     batch: Batch = 1
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..common.errors import UsageError
 from ..common.files import whole_file
+from ..evaluation.measurement import Measurement
 from ..evaluation.witnesses import Witness
-from .measurement import Measurement
 
 _BASE = "base.safetensors"
 

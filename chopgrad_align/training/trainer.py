@@ -13,11 +13,11 @@ from tqdm import tqdm
 from ..common.errors import Interrupted, UsageError
 from ..data.order import mix
 from ..evaluation.heldout import Paired
+from ..evaluation.measurement import Measurement
 from .batches import Batches, on_device
 from .checkpoints import write_state
 from .config import Config
 from .folder import RunFolder
-from .measurement import Measurement
 from .methods import Method, MicroBatch
 from .observers import Observers
 from .outcome import Outcome
