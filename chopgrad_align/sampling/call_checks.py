@@ -211,7 +211,8 @@ def _grid(pipe: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
     grid: dict[str, tuple[int, tuple[int, ...]]] = {}
     frames = _first_of(pipe, "scale_factor_temporal", "temporal_compression_ratio", "temporal_scale_factor")
     if frames and not hasattr(pipe, "_match_num_frames"):  # Cosmos 2.5 repeats frames or cuts them off
-        multiple, remainders = frames, (1,)
+        multiple = frames
+        remainders: tuple[int, ...] = (1,)
         names = {cls.__name__ for cls in type(pipe.vae).__mro__}
         if "AutoencoderKLCogVideoX" in names:
             # Decodes latent frames two by two, an odd one with the first ones: of 2k of them it makes 8k frames, of
