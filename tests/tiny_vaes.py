@@ -249,4 +249,5 @@ def kandinsky6_sr_vae():
         encoder_block_out_channels=(4, 8, 16),  # which double
         decoder_block_out_channels=(4, 8, 8),
         layers_per_block=1,
+        temporal_compression_start_level=0,  # both halvings are of time too
     )

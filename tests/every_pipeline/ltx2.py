@@ -124,6 +124,7 @@ ENTRIES = {
         functools.partial(_made, "LTX2HDRPipeline"),
         _CALL,
         {**_PROMPT, "reference_conditions": _hdr_condition()},
+        fault="makes linear light without an upper bound, not frames in [0, 1]",
     ),
     "LTX2DFRPipeline": Entry(
         functools.partial(_made, "LTX2DFRPipeline", use_keyframes_abs_pos_embedding=True),
