@@ -9,6 +9,7 @@ from transformers import CLIPModel
 from chopgrad_align import FrameReward, Frames
 
 from .checkpoints import load_pretrained, load_weights, loading, locate
+from .precision import InFloat32
 from .preprocess import Preprocess
 
 _HEAD_FILE = "sac+logos+ava1-l14-linearMSE.pth"
@@ -44,16 +45,17 @@ class Aesthetic(FrameReward):
         super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)
         with loading(f"aesthetic: clip={clip!r}", "hub id or folder of a transformers CLIPModel"):
             model = load_pretrained(CLIPModel, clip)
-        self.vision, self.projection = model.vision_model, model.visual_projection
+        self.vision, self.projection = model.vision_model, InFloat32(model.visual_projection)
         side = model.config.vision_config.image_size
         self.preprocess = Preprocess(size=(side, side))
-        self.head = Head(model.config.projection_dim)
+        head_layers = Head(model.config.projection_dim)
         with loading(f"aesthetic: head={head!r}", f"hub id, folder or path of {_HEAD_FILE}, for the same CLIP model"):
-            load_weights(self.head, locate(head, _HEAD_FILE))
+            load_weights(head_layers, locate(head, _HEAD_FILE))
+        self.head = InFloat32(head_layers)
         self.requires_grad_(False).eval()
 
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        pixels = self.preprocess(frames).to(self.projection.weight.dtype)
+        pixels = self.preprocess(frames).to(next(self.vision.parameters()).dtype)
         embedding = self.projection(self.vision(pixel_values=pixels).pooler_output)
         return self.head(F.normalize(embedding, dim=-1)).squeeze(-1)
 

@@ -9,8 +9,10 @@ from transformers import AutoTokenizer, CLIPModel
 from chopgrad_align import FrameReward, Frames
 
 from .checkpoints import load_pretrained, loading
+from .precision import InFloat32, wide
 from .preprocess import Preprocess
 from .prompt_cache import PromptCache
+from .prompt_length import CuttingTokenizer
 
 
 class PickScore(FrameReward):
@@ -41,10 +43,14 @@ class PickScore(FrameReward):
         super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)
         with loading(f"pick_score: checkpoint={checkpoint!r}", "hub id or folder of a transformers CLIPModel"):
             self.clip = load_pretrained(CLIPModel, checkpoint)
+        self.clip.visual_projection = InFloat32(self.clip.visual_projection)
+        self.clip.text_projection = InFloat32(self.clip.text_projection)
         with loading(f"pick_score: processor={processor!r}", "hub id or folder of the model's tokenizer"):
-            self.tokenizer = AutoTokenizer.from_pretrained(processor)
+            tokenizer = AutoTokenizer.from_pretrained(processor)
+        length = self.clip.config.text_config.max_position_embeddings
+        self.tokenizer = CuttingTokenizer(tokenizer, "pick_score", length)
         side = self.clip.config.vision_config.image_size
-        self.preprocess = Preprocess(size=(side, side))
+        self.preprocess = Preprocess(size=(side, side), odd="down")
         self._texts = PromptCache(self._encode_texts)
         self.requires_grad_(False).eval()
 
@@ -52,11 +58,9 @@ class PickScore(FrameReward):
         pixels = self.preprocess(frames).to(self.clip.logit_scale.dtype)
         image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
         similarity = (F.normalize(image, dim=-1) * self._texts(prompts).to(image)).sum(-1)
-        return self.clip.logit_scale.exp() * similarity
+        return wide(self.clip.logit_scale).exp() * similarity
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
-        length = self.clip.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        tokens = tokens.to(self.clip.logit_scale.device)
+        tokens = self.tokenizer(texts, padding=True).to(self.clip.logit_scale.device)
         output = self.clip.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return F.normalize(self.clip.text_projection(output.pooler_output), dim=-1)

@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from chopgrad_align import FrameSampler, UsageError
 
 from .checkpoints import loading, locate, read_weights
+from .precision import InFloat32
 from .preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from .whole_video import WholeVideoReward, recompute_blocks
 
@@ -126,8 +127,9 @@ class VideoReward(WholeVideoReward):
             self.model, info = loaded
             if info["missing_keys"] or info["mismatched_keys"]:
                 raise ValueError(f"weights do not fit: {sorted(info['missing_keys'] | info['mismatched_keys'])[0]}")
-        self.head = nn.Linear(head.shape[1], head.shape[0], bias=False)
-        self.head.weight = nn.Parameter(head)
+        linear = nn.Linear(head.shape[1], head.shape[0], bias=False)
+        linear.weight = nn.Parameter(head)
+        self.head = InFloat32(linear)
         self.max_pixels = settings["data_config"]["max_frame_pixels"]
         self.frames = AtRate(settings["data_config"]["fps"] / fps)
         recompute_blocks(self.model.visual.blocks, self.model.language_model.layers)
@@ -140,7 +142,7 @@ class VideoReward(WholeVideoReward):
         hidden = self.model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions,
-            pixel_values_videos=patches.to(self.head.weight.dtype),
+            pixel_values_videos=patches.to(next(self.parameters()).dtype),
             video_grid_thw=grid.to(frames.device).unsqueeze(0),
             use_cache=False,
         ).last_hidden_state[0]
@@ -149,7 +151,6 @@ class VideoReward(WholeVideoReward):
         if found.sum() != len(special):
             raise UsageError(f"video_reward: the prompt {prompt!r} contains one of the special tokens {_TOKENS}")
         raw = self.head(hidden[found]).squeeze(-1)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         scores = (raw - raw.new_tensor(self.mean)) / raw.new_tensor(self.std)
         return scores[self.dimensions].sum()
 

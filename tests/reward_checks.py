@@ -1,9 +1,24 @@
 """What holds for every reward on frames. `make` constructs one, with small weights, from arguments of `FrameReward`."""
 
 import torch
-from tiny_rewards import PROMPTS, video_of
+from tiny_rewards import ODD_SIZES, PROMPTS, pil, video_of
 
 from chopgrad_align.objective.reward import check_reward
+
+
+def check_scores_are_official(reward, official, exact_size, rounded, rtol=1e-5):
+    """Compare scores of frames of many sizes with `official(images, texts)`.
+
+    They are equal at `exact_size`, where nothing is resized; elsewhere within `rounded` times the deviation of the
+    official scores.
+    """
+    videos = [video_of(*size, frames=1) for size in (exact_size, *ODD_SIZES)]
+    images = [pil(frame) for video in videos for frame in video[:, 0]]
+    expected = official(images, PROMPTS * len(videos)).view(len(videos), -1)
+    scores = torch.stack([reward(video, PROMPTS) for video in videos])
+    torch.testing.assert_close(scores[0], expected[0], rtol=rtol, atol=1e-5)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(scores, expected, rtol=rtol, atol=1e-5 + rounded * float(expected.std()))
 
 
 def check_every_prompt_scores_its_own_video(make, reads_prompts):

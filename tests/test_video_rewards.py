@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from chopgrad_rewards.action import Action
 from chopgrad_rewards.motion import Motion
 from chopgrad_rewards.optical_flow import OpticalFlow
+from chopgrad_rewards.preprocess import Preprocess
 from chopgrad_rewards.temporal_consistency import TemporalConsistency, block_masks
 from chopgrad_rewards.video_clip import VideoClip
 from chopgrad_rewards.video_reward import VideoReward
 from chopgrad_rewards.video_text import VideoText
 from chopgrad_rewards.warp_consistency import WarpConsistency, occluded, warp
-from chopgrad_rewards.whole_video import Recomputed, ResizeAndCrop
+from chopgrad_rewards.whole_video import Recomputed
 from tiny_rewards import assert_equal_within_rounding, video_of
 from tiny_video_rewards import LABELS, PROMPTS, TEMPLATE, make_video_checkpoints, smooth_raft, video_reward_official
 
@@ -81,7 +82,7 @@ def test_preprocessing_equals_transformers(checkpoints, folder, size):
     else:
         processor = VideoMAEImageProcessor.from_pretrained(checkpoints / folder)
         official = processor(list(uint8(frames)), return_tensors="pt")["pixel_values"][0]
-    assert_equal_within_rounding(ResizeAndCrop.of(processor), frames, official)
+    assert_equal_within_rounding(Preprocess.of(processor), frames, official)
 
 
 def test_preprocessing_of_the_published_processor_settings(tmp_path):
@@ -97,8 +98,8 @@ def test_preprocessing_of_the_published_processor_settings(tmp_path):
     }
     settings |= {"do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    preprocess = ResizeAndCrop.of(VideoMAEImageProcessor.from_pretrained(tmp_path))
-    assert (preprocess.shortest, preprocess.crop, preprocess.interpolation) == (224, (224, 224), "bilinear")
+    preprocess = Preprocess.of(VideoMAEImageProcessor.from_pretrained(tmp_path))
+    assert (preprocess.shortest, preprocess.size, preprocess.interpolation) == (224, (224, 224), "bilinear")
     assert preprocess.mean == (0.485, 0.456, 0.406)
 
 
