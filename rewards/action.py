@@ -10,7 +10,7 @@ from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor
 
 from chopgrad_align import UsageError, frame_sampler
 
-from .checkpoints import load_pretrained, loading
+from .checkpoints import at, load_pretrained, loading
 from .precision import InFloat32
 from .preprocess import Preprocess
 from .whole_video import WholeVideoReward, evenly_spaced, recompute_blocks
@@ -39,7 +39,7 @@ class Action(WholeVideoReward):
     def __init__(
         self,
         *,
-        checkpoint: str = "MCG-NJU/videomae-base-finetuned-kinetics",
+        checkpoint: str = "MCG-NJU/videomae-base-finetuned-kinetics@488eb9a0565f257b32866000305c8178965eb9f6",
         label: str | None = None,
         score: Literal["log_probability", "probability"] = "log_probability",
     ) -> None:
@@ -51,7 +51,7 @@ class Action(WholeVideoReward):
             f"action: checkpoint={checkpoint!r}", "hub id or folder of a transformers VideoMAEForVideoClassification"
         ):
             self.model = load_pretrained(VideoMAEForVideoClassification, checkpoint)
-            self.preprocess = Preprocess.of(VideoMAEImageProcessor.from_pretrained(checkpoint))
+            self.preprocess = Preprocess.of(VideoMAEImageProcessor.from_pretrained(**at(checkpoint)))
         self.model.classifier = InFloat32(self.model.classifier)
         self.frames = frame_sampler(self.model.config.num_frames)
         recompute_blocks(self.model.videomae.encoder.layer)

@@ -13,6 +13,7 @@ from .precision import InFloat32, wide
 from .preprocess import Preprocess
 
 _HEAD_FILE = "aesthetic_predictor_v2_5.pth"
+_COMMIT = "c0e15567fa61252cbff43d70c49a8bd27202ca9a"
 _HALF = (0.5, 0.5, 0.5)
 
 
@@ -37,8 +38,8 @@ class AestheticV25(FrameReward):
     def __init__(
         self,
         *,
-        siglip: str = "google/siglip-so400m-patch14-384",
-        head: str = f"https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/{_HEAD_FILE}",
+        siglip: str = "google/siglip-so400m-patch14-384@9fdffc58afc957d1a03a25b10dba0329ab15c2a3",
+        head: str = f"https://github.com/discus0434/aesthetic-predictor-v2-5/raw/{_COMMIT}/models/{_HEAD_FILE}",
         frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:

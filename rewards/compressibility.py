@@ -37,12 +37,12 @@ class Compressibility(FrameReward):
     """Minus the estimated bits a pixel of the frame as a JPEG file: 0 for one colour, -20 and less for noise.
 
     The coefficients are those of libjpeg (ITU-T T.81; colours at half the resolution, cosine transform of blocks of 8x8
-    pixels, the standard's tables), but rounded smoothly, by `x - sin(2πx) / 2π`: whole numbers stay, and the gradient is
-    that of the score, which is within a few percent of that of rounded ones. A coefficient `q`, for the constant one its difference from the
-    block before, is counted as `2 log2(1 + |q|)` bits: the standard's Huffman tables (annex K) spend about as many on
-    the class of a value, log2 of it, as on the value within it. Runs of zeros and the file's header are not counted; at
-    quality 95 that leaves one half to three quarters of the file. Prompts are ignored. For detail rather than
-    compressibility, weigh it negatively.
+    pixels, the standard's tables), but rounded smoothly, by `x - sin(2πx) / 2π`: whole numbers stay, and the gradient
+    is that of the score, which is within a few percent of that of rounded ones. A coefficient `q`, for the constant one
+    its difference from the block before, is counted as `2 log2(1 + |q|)` bits: the standard's Huffman tables (annex K)
+    spend about as many on the class of a value, log2 of it, as on the value within it. Runs of zeros and the file's
+    header are not counted; at quality 95 that leaves one half to three quarters of the file. Prompts are ignored. For
+    detail rather than compressibility, weigh it negatively.
 
     Args:
         quality: JPEG quality, 1 to 100, in libjpeg's sense; 95 as in DDPO (Black et al., arXiv 2305.13301) and VADER.

@@ -19,7 +19,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from chopgrad_align import FrameReward, Frames, UsageError
 from chopgrad_align.common.arguments import nearest
 
-from .checkpoints import load_pretrained, loading
+from .checkpoints import at, load_pretrained, loading
 from .precision import InFloat32
 from .preprocess import Preprocess
 
@@ -86,11 +86,11 @@ class ObjectDetector(nn.Module):
         expected = "hub id or folder of a YOLOS or Grounding DINO model of transformers, with its processor"
         with loading(f"{reward}: checkpoint={checkpoint!r}", expected):
             families: dict[str, type[_Yolos | _GroundingDino]] = {"yolos": _Yolos, "grounding-dino": _GroundingDino}
-            kind = AutoConfig.from_pretrained(checkpoint).model_type
+            kind = AutoConfig.from_pretrained(**at(checkpoint)).model_type
             if kind not in families:
                 raise ValueError(f"its model type is {kind!r}")
             self.queries: _Yolos | _GroundingDino = families[kind](checkpoint, target, reward)
-            processor = AutoImageProcessor.from_pretrained(checkpoint)
+            processor = AutoImageProcessor.from_pretrained(**at(checkpoint))
         self.shortest, self.longest = processor.size["shortest_edge"], processor.size["longest_edge"]
         self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
 
@@ -137,7 +137,7 @@ class _GroundingDino(nn.Module):
         super().__init__()
         self.model = load_pretrained(GroundingDinoForObjectDetection, checkpoint)
         self.model.class_embed[-1] = InFloat32(self.model.class_embed[-1])
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(**at(checkpoint))
         # Lower case, closed by a full stop: the form of the captions that it was trained on.
         text = target.strip().lower().rstrip(".") + "."
         self.tokens = dict(tokenizer([text], return_tensors="pt"))

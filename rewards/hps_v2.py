@@ -40,7 +40,7 @@ class HPSv2(FrameReward):
         self,
         *,
         version: str = "v2.1",
-        checkpoint: str = "xswu/HPSv2",
+        checkpoint: str = "xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a",
         model: str = "ViT-H-14",
         antialias: bool = True,
         frames: Frames = None,

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from chopgrad_align import FrameReward, Frames
 
 from .aesthetic import Head
-from .checkpoints import fill_weights, loading, locate, read_weights
+from .checkpoints import at, fill_weights, loading, locate, read_weights
 from .precision import InFloat32
 from .preprocess import Preprocess
 from .prompt_length import CuttingTokenizer
@@ -53,8 +53,8 @@ class ImageReward(FrameReward):
     def __init__(
         self,
         *,
-        checkpoint: str = "THUDM/ImageReward",
-        tokenizer: str = "google-bert/bert-base-uncased",
+        checkpoint: str = "THUDM/ImageReward@5736be03b2652728fb87788c9797b0570450ab72",
+        tokenizer: str = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594",
         frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:
@@ -75,7 +75,7 @@ class ImageReward(FrameReward):
                 fill_weights(module, weights, path)
         self.head = InFloat32(head)
         with loading(f"image_reward: tokenizer={tokenizer!r}", "hub id or folder of a BERT tokenizer"):
-            self.tokenizer = CuttingTokenizer(AutoTokenizer.from_pretrained(tokenizer), "image_reward", _TOKENS)
+            self.tokenizer = CuttingTokenizer(AutoTokenizer.from_pretrained(**at(tokenizer)), "image_reward", _TOKENS)
         side = self.vision.config.image_size
         self.preprocess = Preprocess(size=(side, side))
         self.requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from chopgrad_align import FrameReward, Frames, UsageError
 
-from .checkpoints import fill_weights, loading, locate, read_weights
+from .checkpoints import at, fill_weights, loading, locate, read_weights
 from .precision import wide
 from .preprocess import Preprocess
 from .prompt_cache import PromptCache
@@ -54,7 +54,7 @@ class MPS(FrameReward):
         self,
         *,
         checkpoint: str = "RE-N-Y/mpsv1",
-        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c",
         condition: str = _OVERALL,
         frames: Frames = None,
         frames_per_chunk: int = 8,
@@ -63,8 +63,8 @@ class MPS(FrameReward):
         if not condition.strip():
             raise UsageError(f"mps: condition={condition!r}: expected words, e.g. 'light, color, tone, style'")
         with loading(f"mps: processor={processor!r}", "hub id or folder of a CLIPModel's config.json and tokenizer"):
-            config = CLIPConfig.from_pretrained(processor)
-            tokenizer = AutoTokenizer.from_pretrained(processor)
+            config = CLIPConfig.from_pretrained(**at(processor))
+            tokenizer = AutoTokenizer.from_pretrained(**at(processor))
         self.tokenizer = CuttingTokenizer(tokenizer, "mps", config.text_config.max_position_embeddings)
         with loading(f"mps: checkpoint={checkpoint!r}", "hub id, folder or path of MPS's tensors (model.safetensors)"):
             path = locate(checkpoint, "model.safetensors")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from chopgrad_align import FrameReward, Frames
 
-from .checkpoints import load_pretrained, loading
+from .checkpoints import at, load_pretrained, loading
 from .precision import InFloat32, wide
 from .preprocess import Preprocess
 from .prompt_cache import PromptCache
@@ -35,8 +35,8 @@ class PickScore(FrameReward):
     def __init__(
         self,
         *,
-        checkpoint: str = "yuvalkirstain/PickScore_v1",
-        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        checkpoint: str = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800",
+        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c",
         frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:
@@ -46,7 +46,7 @@ class PickScore(FrameReward):
         self.clip.visual_projection = InFloat32(self.clip.visual_projection)
         self.clip.text_projection = InFloat32(self.clip.text_projection)
         with loading(f"pick_score: processor={processor!r}", "hub id or folder of the model's tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(processor)
+            tokenizer = AutoTokenizer.from_pretrained(**at(processor))
         length = self.clip.config.text_config.max_position_embeddings
         self.tokenizer = CuttingTokenizer(tokenizer, "pick_score", length)
         side = self.clip.config.vision_config.image_size

@@ -12,7 +12,7 @@ from transformers import VJEPA2Model, VJEPA2VideoProcessor
 from chopgrad_align import frame_sampler
 from chopgrad_align.common.arguments import whole_number
 
-from .checkpoints import load_pretrained, loading
+from .checkpoints import at, load_pretrained, loading
 from .precision import wide
 from .preprocess import Preprocess
 from .whole_video import WholeVideoReward, recompute_blocks
@@ -50,14 +50,18 @@ class TemporalConsistency(WholeVideoReward):
     """
 
     def __init__(
-        self, *, checkpoint: str = "facebook/vjepa2-vitl-fpc64-256", frames: int | None = None, seed: int = 0
+        self,
+        *,
+        checkpoint: str = "facebook/vjepa2-vitl-fpc64-256@b3c1679b7c34d3255ef3547f27c7b226aefab26f",
+        frames: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         with loading(
             f"temporal_consistency: checkpoint={checkpoint!r}", "hub id or folder of a transformers VJEPA2Model"
         ):
             self.model = load_pretrained(VJEPA2Model, checkpoint)
-            self.preprocess = Preprocess.of(VJEPA2VideoProcessor.from_pretrained(checkpoint))
+            self.preprocess = Preprocess.of(VJEPA2VideoProcessor.from_pretrained(**at(checkpoint)))
         config = self.model.config
         self.tubelet = config.tubelet_size
         frames = config.frames_per_clip if frames is None else whole_number("temporal_consistency: frames", frames)

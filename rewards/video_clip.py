@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, VideoMAEImageProcessor, XCLIPModel
 
 from chopgrad_align import FrameSampler
 
-from .checkpoints import load_pretrained, loading
+from .checkpoints import at, load_pretrained, loading
 from .precision import wide
 from .preprocess import Preprocess
 from .prompt_cache import PromptCache
@@ -53,8 +53,8 @@ class VideoClip(WholeVideoReward):
         super().__init__()
         with loading(f"video_clip: checkpoint={checkpoint!r}", "hub id or folder of a transformers XCLIPModel"):
             self.model = load_pretrained(XCLIPModel, checkpoint)
-            self.preprocess = Preprocess.of(VideoMAEImageProcessor.from_pretrained(checkpoint))
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+            self.preprocess = Preprocess.of(VideoMAEImageProcessor.from_pretrained(**at(checkpoint)))
+            tokenizer = AutoTokenizer.from_pretrained(**at(checkpoint))
         length = self.model.config.text_config.max_position_embeddings
         self.tokenizer = CuttingTokenizer(tokenizer, "video_clip", length)
         recompute_blocks(self.model.vision_model.encoder.layers)

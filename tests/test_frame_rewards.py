@@ -19,41 +19,23 @@ from chopgrad_rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from chopgrad_rewards.sharpness import Sharpness
 from PIL import Image
 from reward_checks import (
-    check_scores_are_official,
     check_every_prompt_scores_its_own_video,
     check_frozen_and_castable,
-    check_gradient_equals_finite_differences,
     check_gradient_reaches_every_frame,
+    check_scores_are_official,
     check_texts_are_encoded_once,
 )
-from tiny_frame_rewards import LABELS, image_reward_vision, make_frame_checkpoints, siglip_head
+from tiny_frame_rewards import CONDITION, LABELS, arguments, image_reward_vision, make_frame_checkpoints, siglip_head
 from tiny_rewards import ODD_SIZES, PROMPTS, assert_equal_within_rounding, laion_head, pil, video_of
 from torch import nn
 
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.objective.reward import load_reward
 
-CONDITION = "red green"
-
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     return make_frame_checkpoints(tmp_path_factory.mktemp("frame_checkpoints"))
-
-
-def arguments(checkpoints):
-    """Published name and local checkpoint of each reward; the detectors once for each family."""
-    folder = {path.name: str(path) for path in checkpoints.iterdir()}
-    return {
-        "aesthetic_v2_5": {"siglip": folder["siglip"], "head": folder["siglip"]},
-        "pick_score": {"checkpoint": folder["pick"], "processor": folder["pick"]},
-        "image_reward": {"checkpoint": folder["image_reward"], "tokenizer": folder["image_reward"]},
-        "mps": {"checkpoint": folder["mps"], "processor": folder["mps"], "condition": CONDITION},
-        "object_presence": {"target": "stop sign", "checkpoint": folder["yolos"]},
-        "object_removal": {"target": "a red Circle", "checkpoint": folder["dino"]},
-        "compressibility": {},
-        "sharpness": {},
-    }
 
 
 CLASSES = {
@@ -385,12 +367,6 @@ def test_gradient_reaches_every_frame(rewards, name):
     check_gradient_reaches_every_frame(rewards[name], name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_equals_finite_differences(rewards, name):
-    rtol = 2e-2 if name == DINO else 1e-4  # Grounding DINO puts its logits into single precision
-    check_gradient_equals_finite_differences(rewards[name], rtol)
-
-
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_frozen_and_castable(rewards, name):
     check_frozen_and_castable(rewards[name](), EXACT_SIZE[name], tolerance=0.1)
@@ -507,8 +483,8 @@ def test_the_published_aesthetic_head_is_downloaded_once(checkpoints, monkeypatc
     expected = AestheticV25(siglip=siglip, head=siglip)(video, PROMPTS)
     for _ in range(2):
         torch.testing.assert_close(AestheticV25(siglip=siglip)(video, PROMPTS), expected)
-    address = "https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/aesthetic_predictor_v2_5.pth"
-    assert asked == [address]
+    address = "https://github.com/discus0434/aesthetic-predictor-v2-5/raw/{commit}/models/aesthetic_predictor_v2_5.pth"
+    assert asked == [address.format(commit="c0e15567fa61252cbff43d70c49a8bd27202ca9a")]
 
 
 @pytest.fixture
@@ -529,23 +505,23 @@ def offline(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: AestheticV25(), r"aesthetic_v2_5: siglip='google/siglip-so400m-patch14-384' cannot be loaded"),
+        (lambda c: AestheticV25(), r"aesthetic_v2_5: siglip='google/siglip-so400m-patch14-384@.*' cannot be loaded"),
         (lambda c: AestheticV25(siglip=f"{c}/siglip"), r"aesthetic_v2_5: head='https://.*no network.*Expected address"),
         (lambda c: AestheticV25(siglip=f"{c}/siglip", head=f"{c}/wide.pth"), r"'scoring_head.0.weight' is \(1024, 5"),
         (lambda c: AestheticV25(siglip=f"{c}/siglip", head=f"{c}/nested.pth"), r"something else than named tensors"),
         (lambda c: AestheticV25(siglip=f"{c}/pick"), r"aesthetic_v2_5: siglip='.*pick' cannot be loaded"),
-        (lambda c: PickScore(), r"pick_score: checkpoint='yuvalkirstain/PickScore_v1' cannot be loaded"),
-        (lambda c: PickScore(checkpoint=f"{c}/pick"), r"pick_score: processor='laion/CLIP-ViT-H-14-laion2B-s32B-b79K'"),
+        (lambda c: PickScore(), r"pick_score: checkpoint='yuvalkirstain/PickScore_v1@.*' cannot be loaded"),
+        (lambda c: PickScore(checkpoint=f"{c}/pick"), r"pick_score: processor='laion/CLIP-ViT-H-14-laion2B-s32B-b79K@"),
         (
             lambda c: PickScore(checkpoint=f"{c}/yolos"),
             r"pick_score: checkpoint='.*yolos' cannot be.*model type is 'yolos', not 'clip'",
         ),
-        (lambda c: ImageReward(), r"image_reward: checkpoint='THUDM/ImageReward' cannot be loaded"),
+        (lambda c: ImageReward(), r"image_reward: checkpoint='THUDM/ImageReward@.*' cannot be loaded"),
         (lambda c: ImageReward(checkpoint=f"{c}/pick"), r"no such file: .*ImageReward.pt"),
         (lambda c: ImageReward(checkpoint=f"{c}/other"), r"it has no 'embeddings.patch_embedding.weight'"),
         (lambda c: ImageReward(checkpoint=f"{c}/short"), r"other weights: 'layers.0.weight' is missing"),
         (lambda c: ImageReward(checkpoint=f"{c}/image_reward"), r"image_reward: tokenizer='google-bert/bert-base-unca"),
-        (lambda c: MPS(), r"mps: processor='laion/CLIP-ViT-H-14-laion2B-s32B-b79K' cannot be loaded"),
+        (lambda c: MPS(), r"mps: processor='laion/CLIP-ViT-H-14-laion2B-s32B-b79K@.*' cannot be loaded"),
         (lambda c: MPS(processor=f"{c}/mps"), r"mps: checkpoint='RE-N-Y/mpsv1' cannot be loaded"),
         (
             lambda c: MPS(processor=f"{c}/mps", checkpoint=f"{c}/module.pth"),

@@ -1,6 +1,7 @@
 """The four rewards, loaded from small checkpoints in the official formats and compared with the official scores."""
 
 import dataclasses
+import urllib.error
 
 import numpy as np
 import open_clip
@@ -13,11 +14,10 @@ from chopgrad_rewards.hps_v2 import HPSv2
 from chopgrad_rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from reward_checks import (
-    check_scores_are_official,
     check_every_prompt_scores_its_own_video,
     check_frozen_and_castable,
-    check_gradient_equals_finite_differences,
     check_gradient_reaches_every_frame,
+    check_scores_are_official,
     check_texts_are_encoded_once,
 )
 from tiny_rewards import ODD_SIZES, PROMPTS, assert_equal_within_rounding, laion_head, make_checkpoints, pil, video_of
@@ -77,7 +77,7 @@ def test_preprocessing_equals_hpsv2s(rewards, target, antialias):
     for size in [*ODD_SIZES, (480, 832), (165, 320), (224, 224)]:
         frame = video_of(*size, batch=1, frames=1)[0]
         official = hps_official(pil(frame[0]), target, antialias)
-        torch.testing.assert_close(preprocess(frame)[0], official, rtol=0, atol=1e-5, msg=lambda m: f"{size}: {m}")
+        torch.testing.assert_close(preprocess(frame)[0], official, rtol=0, atol=1e-5)
 
 
 def clip_official(frames, side):
@@ -173,11 +173,6 @@ def test_gradient_reaches_every_frame(rewards, name):
     check_gradient_reaches_every_frame(rewards[name], name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_equals_finite_differences(rewards, name):
-    check_gradient_equals_finite_differences(rewards[name])
-
-
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_frozen_and_castable(rewards, name):
     check_frozen_and_castable(rewards[name](), size=(32, 32), tolerance=0.05)
@@ -237,6 +232,12 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def unreachable(url, target, progress):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
 
 
 @pytest.mark.parametrize(
@@ -268,23 +269,30 @@ def offline(monkeypatch, tmp_path):
             r"neither a folder nor an architecture that open_clip knows$",
         ),
         (lambda c: HPSv2(version="v3"), r"hps_v2: version='v3': expected 'v2.1' or 'v2.0'"),
-        (lambda c: HPSv2(), r"hps_v2: checkpoint='xswu/HPSv2' cannot be loaded: .*\. Expected hub id, folder or path"),
+        (
+            lambda c: HPSv2(),
+            r"hps_v2: checkpoint='xswu/HPSv2@.*' cannot be loaded: .*\. Expected hub id, folder or path",
+        ),
         (lambda c: HPSv2(checkpoint="./no/HPS.pt"), r"no such file: no/HPS.pt\. Expected"),
         (lambda c: HPSv2(checkpoint=str(c / "hps"), version="v2.0"), r"no such file: .*HPS_v2_compressed.pt"),
         (
             lambda c: HPSv2(checkpoint=str(c / "head.pth"), model="tiny-chopgrad-test"),
             r"cannot be loaded: .*state_dict",
         ),
+        (
+            lambda c: HPSv2(checkpoint=str(c / "narrow.pt"), model="tiny-chopgrad-test"),
+            r"narrow.pt' cannot be loaded: .*width.*Expected hub id, folder or path of the official HPS",
+        ),
         (lambda c: HPSv2(checkpoint=str(c / "empty.pt"), model="tiny-chopgrad-test"), r"empty.pt' cannot be loaded"),
         (
             lambda c: HPSv2(checkpoint=str(c / "pickle.pt"), model="tiny-chopgrad-test"),
             r"cannot be loaded: it is damaged",
         ),
-        (lambda c: Aesthetic(), r"aesthetic: clip='openai/clip-vit-large-patch14' cannot be loaded: "),
+        (lambda c: Aesthetic(), r"aesthetic: clip='openai/clip-vit-large-patch14@.*' cannot be loaded: "),
         (lambda c: Aesthetic(clip=str(c / "clip")), r"aesthetic: clip='.*' cannot be loaded: "),
         (
             lambda c: Aesthetic(clip=str(c / "vit")),
-            r"aesthetic: head='camenduru/improved-aesthetic-predictor' cannot be",
+            r"aesthetic: head='https://.*improved-aesthetic-predictor.*' cannot be",
         ),
         (
             lambda c: Aesthetic(clip=str(c / "vit"), head=str(c / "wide.pth")),
@@ -302,6 +310,9 @@ def test_a_checkpoint_that_cannot_be_loaded(checkpoints, offline, make, message)
         (checkpoints / "clip" / "open_clip_config.json").read_text()
     )
     (checkpoints / "empty.pt").touch()
+    published = torch.load(checkpoints / "hps" / "HPS_v2.1_compressed.pt")["state_dict"]
+    narrow = published | {"positional_embedding": published["positional_embedding"][:, :8]}
+    torch.save({"state_dict": narrow}, checkpoints / "narrow.pt")
     torch.save({"state_dict": np.float32}, checkpoints / "pickle.pt")
     torch.save(laion_head(768).state_dict(), checkpoints / "wide.pth")
     (checkpoints / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")

@@ -96,6 +96,16 @@ def make_checkpoints(folder):
     return folder
 
 
+def arguments(folder):
+    """Published name and local checkpoint of each reward."""
+    return {
+        "clip_score": {"checkpoint": str(folder / "clip")},
+        "hps_v2": {"checkpoint": str(folder / "hps"), "model": ARCHITECTURE},
+        "aesthetic": {"clip": str(folder / "vit"), "head": str(folder / "head.pth")},
+        "colorfulness": {},
+    }
+
+
 def laion_head(width=24):
     class MLP(nn.Module):  # as the authors define it
         def __init__(self):
