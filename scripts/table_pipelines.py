@@ -8,6 +8,7 @@ and what is tested are those of tests/every_pipeline, from which tests/test_ever
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import warnings
@@ -111,7 +112,7 @@ def without_weights(tiny: Any) -> Any:
 
 def rule(pipe: Any, argument: str) -> str:
     """The numbers that a pipeline makes exactly, of those up to a few hundred."""
-    taken = [number for number in range(1, 400) if accepts(lambda n=number: check_call(pipe, {argument: n}))]
+    taken = [number for number in range(1, 400) if accepts(functools.partial(check_call, pipe, {argument: number}))]
     if len(taken) < 2:
         return "–"
     step = taken[1] - taken[0]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import yaml
 
-_REVISION = "0" * 40
 _EMBEDDINGS = "embeddings.json"
 _OF_TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder")
 _FILES = {
@@ -67,13 +66,17 @@ def _kind(name: str, cls: str) -> tuple[str, str]:
 
 
 def write_hub(folder: Path) -> None:
-    """Fill a folder as the hub's cache, with what the published rewards load."""
-    for name, content in _data("checkpoints.yaml").items():
-        repository = folder / f"models--{name.replace('/', '--')}"
-        snapshot = repository / "snapshots" / _REVISION
+    """Fill a folder as the hub's cache, and `torch.hub`'s beside it, with what the published rewards load."""
+    for source, content in _data("checkpoints.yaml").items():
+        if source.startswith("https://"):
+            snapshot = folder / "checkpoints"
+        else:
+            name, _, revision = source.partition("@")
+            repository = folder / f"models--{name.replace('/', '--')}"
+            snapshot = repository / "snapshots" / revision
+            (repository / "refs").mkdir(parents=True)
+            (repository / "refs" / "main").write_text(revision)
         snapshot.mkdir(parents=True)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(_REVISION)
         if "config" in content:
             _write_json(snapshot / "config.json", content["config"])
         if "tokenizer" in content:

@@ -25,7 +25,7 @@ def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
 
     Args:
         mode: Of the fake tensors.
-        hub: A folder that takes the place of the hub's cache and of the hub.
+        hub: A folder that takes the place of the hub, of its cache and of `torch.hub`'s.
     """
     import open_clip
     from diffusers import ModelMixin
@@ -42,6 +42,7 @@ def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
             (nn.Module, "_apply", _apply),
             (constants, "HF_HUB_CACHE", str(hub)),
             (constants, "HF_HUB_OFFLINE", True),
+            (torch.hub, "get_dir", lambda: str(hub)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
@@ -61,7 +62,8 @@ def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) 
 def _of_transformers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) -> Any:
     from transformers.initialization import no_init_weights
 
-    config = cls.config_class.from_pretrained(source, subfolder=settings.get("subfolder", ""))
+    place = {key: settings[key] for key in ("subfolder", "revision") if settings.get(key)}
+    config = cls.config_class.from_pretrained(source, **place)
     dtype = settings.get("dtype") or settings.get("torch_dtype") or torch.float32
     with mode, no_init_weights():  # whose random numbers some models look at
         model = cls._from_config(config, dtype=dtype).eval()
