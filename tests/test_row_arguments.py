@@ -234,11 +234,11 @@ def test_rows_that_cannot_be_in_one_call(folder):
     pipe = without_weights("WanVACEPipeline")
     rows = bind(pipe, rows_of(folder, {"prompt": "a", "guidance_scale": 2}, {"prompt": "b"})).rows
     with pytest.raises(UsageError, match=r"the rows differ in 'guidance_scale', which a call has once: set train"):
-        check_stacks(pipe, rows)
+        check_stacks(rows)
     with pytest.raises(UsageError, match=r"one image a call"):
-        check_stacks(pipe, bind(pipe, rows_of(folder, {"video": "nine.mp4"})).rows)
+        check_stacks(bind(pipe, rows_of(folder, {"video": "nine.mp4"})).rows)
     alike = bind(pipe, rows_of(folder, *({"prompt": p, "guidance_scale": 2, "num_frames": 5} for p in "ab"))).rows
-    check_stacks(pipe, alike)
+    check_stacks(alike)
     batch = PromptBatches(pipe, Objective(), alike, alike, 2, 7).micro_batch(0, range(2))
     assert (batch.inputs["guidance_scale"], len(batch.inputs["prompt"])) == (2.0, 2)
 

@@ -103,7 +103,7 @@ class PromptData:
                 raise UsageError("data.held_out: videos of several shapes do not stack: set validation.batch=1")
             for key, binding in zip(("data.train", "data.held_out"), both, strict=True):
                 if max(self.config.train.micro_batch, batch) > 1:
-                    check_stacks(pipe, binding.rows)
+                    check_stacks(binding.rows)
                 read, unread = binding.arguments, binding.unread
                 if read or unread:
                     _say(
