@@ -123,7 +123,8 @@ class _EncodedPrompts:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
-        if arguments["prompt"] is None:  # the caller has embeddings
+        embeddings = [value for name, value in arguments.items() if name.endswith("embeds") and value is not None]
+        if arguments["prompt"] is None and embeddings:
             return self._encode(*args, **kwargs)
         device = arguments.pop("device", None) or self._pipe.device
         rows = [self._row(one) for one in _one_by_one(arguments)]
@@ -172,7 +173,7 @@ class _EncodedPrompts:
 def _one_by_one(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The arguments for each prompt of several: of lists that go with the prompts, the item that goes with this one."""
     prompts = arguments["prompt"]
-    if isinstance(prompts, str):
+    if not isinstance(prompts, list):  # a text, or None where that stands for an empty one
         yield arguments
         return
     for i in range(len(prompts)):

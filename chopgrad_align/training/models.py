@@ -86,6 +86,9 @@ def load_pipeline(model: Model) -> Any:
         fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second)
     if model.scheduler:
         pipe.scheduler = _scheduler(pipe, dict(model.scheduler), model.call.get("num_inference_steps"))
+    if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":  # which decodes in no other way
+        pipe.vae.enable_tiling()
+        pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
