@@ -80,12 +80,15 @@ def frames_of(pipe, output) -> Tensor:
     return frames if frames.ndim == 5 else frames[None]
 
 
-class Loop:
-    """In place of a progress bar: gradient is enabled in the last iterations of each loop, and after the last one."""
+class Loops:
+    """The loops of a call, each with its last iterations chosen, in place of its progress bars."""
 
-    def __init__(self, last: int, iterable=None, total=None):
-        self.last, self.iterable, self.open = last, iterable, False
-        self.begin(len(iterable) if total is None else total)
+    def __init__(self, last: int):
+        self.last, self.left, self.bar_is_open = last, 0, False
+
+    @property
+    def chosen(self) -> bool:
+        return self.left <= self.last
 
     def begin(self, iterations: int):
         self.left = iterations
@@ -93,20 +96,24 @@ class Loop:
 
     def update(self, count=1):
         self.left -= count
-        torch.set_grad_enabled(self.left <= self.last)
+        if self.chosen:
+            torch.set_grad_enabled(True)
 
-    def __iter__(self):
-        for item in self.iterable:
+    def bar(self, iterable=None, total=None, **settings):
+        self.begin(len(iterable) if total is None else total)
+        return self if iterable is None else self.go_through(iterable)
+
+    def go_through(self, iterable):
+        for item in iterable:
             yield item
             self.update()
-        torch.set_grad_enabled(True)
 
     def __enter__(self):
-        self.open = True
+        self.bar_is_open = True
         return self
 
     def __exit__(self, *error):
-        self.open = False
+        self.bar_is_open = False
 
     def close(self):
         pass
@@ -144,36 +151,47 @@ def reference(pipe, entry: Entry, last: int) -> Tensor:
     A loop is what a progress bar shows, or a part of it that begins where timesteps are set. What is handed on from one
     to the next is a constant only where it goes through an encoder of pixels or a cache of keys and values.
     """
-    scheduler, bars = pipe.scheduler, []
+    loops, scheduler, cls = Loops(last), pipe.scheduler, type(pipe.scheduler)
+    step, set_timesteps = cls.step, cls.set_timesteps
 
-    def progress_bar(iterable=None, total=None):
-        bars.append(Loop(last, iterable, total))
-        return bars[-1]
-
-    def set_timesteps(*args, **kwargs):
-        type(scheduler).set_timesteps(scheduler, *args, **kwargs)
-        if bars and bars[-1].open:
-            bars[-1].begin(len(scheduler.timesteps))
-
-    def step(self, output, timestep, sample, **kwargs):
+    def stepped(self, output, timestep, sample, **kwargs):
         # A copy, since SkyReels writes into latents of which the scheduler keeps views.
-        return type_of_step(self, output, timestep, sample.clone(), **kwargs)
+        return step(self, output, timestep, sample.clone(), **kwargs)
 
-    type_of_step = type(scheduler).step
+    def begun(self, *args, **kwargs):
+        set_timesteps(self, *args, **kwargs)
+        if self is scheduler and loops.bar_is_open:
+            loops.begin(len(self.timesteps))
+
+    def constant_unless_chosen(forward):
+        @functools.wraps(forward)
+        def predict(*args, **kwargs):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and loops.chosen):
+                return forward(*args, **kwargs)
+
+        return predict
+
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(pipe, "progress_bar", progress_bar)
-        patch.setattr(scheduler, "set_timesteps", functools.wraps(type(scheduler).set_timesteps)(set_timesteps))
-        patch.setattr(type(scheduler), "step", functools.wraps(type_of_step)(step))
+        patch.setattr(cls, "step", functools.wraps(step)(stepped))
+        patch.setattr(cls, "set_timesteps", functools.wraps(set_timesteps)(begun))
+        patch.setattr(pipe, "progress_bar", loops.bar)
+        if hasattr(module := sys.modules[type(pipe).__module__], "tqdm"):
+            patch.setattr(module, "tqdm", loops.bar)
+        for denoiser in denoisers(pipe):
+            patch.setattr(denoiser, "forward", constant_unless_chosen(denoiser.forward))
+        for owner, name in ((pipe.vae, "encode"), (pipe, "encode_kv_cache")):
+            if hasattr(owner, name):
+                patch.setattr(owner, name, torch.no_grad()(getattr(owner, name)))
+        patch.setattr(pipe.vae, "decode", never_detached(pipe.vae.decode))
         if hasattr(pipe, "video_processor"):
             patch.setattr(pipe.video_processor, "postprocess_video", straight_through(pipe.video_processor))
-        patch.setattr(pipe.vae, "decode", never_detached(pipe.vae.decode))
         if hasattr(pipe, "vae_decode_tiled"):  # without its own `no_grad`
             patch.setattr(pipe, "vae_decode_tiled", inspect.unwrap(type(pipe).vae_decode_tiled).__get__(pipe))
-        patch.setattr(pipe.vae, "encode", torch.no_grad()(pipe.vae.encode))
-        if hasattr(pipe, "encode_kv_cache"):
-            patch.setattr(pipe, "encode_kv_cache", torch.no_grad()(pipe.encode_kv_cache))
-        if hasattr(module := sys.modules[type(pipe).__module__], "tqdm"):
-            patch.setattr(module, "tqdm", lambda iterable, **settings: Loop(last, iterable))
+        if hasattr(pipe, "adaptive_mean_std_normalization"):  # of views of what Kandinsky 5 writes into afterwards
+            normalize = pipe.adaptive_mean_std_normalization
+            patch.setattr(
+                pipe, "adaptive_mean_std_normalization", lambda *latents: normalize(*map(torch.clone, latents))
+            )
         return frames_of(pipe, inspect.unwrap(type(pipe).__call__)(pipe, **call_of(entry), output_type="pt"))
 
 

@@ -231,6 +231,8 @@ def read_argument(name: str, value: Any, annotation: Any, folder: Path, several:
             return _records(record, _from_json(value), folder)
         if isinstance(value, str) and value.strip().lower().endswith(".npy"):
             return Value(_array(folder / value.strip(), words), constant=False)
+        if isinstance(value, list) and all(str(part).strip().lower().endswith(".npy") for part in value):
+            return Several(tuple(read_argument(name, part, annotation, folder) for part in value))
         if words & _NUMBERS:
             return Value(_number(value, words))
         if words & _MEDIA or annotation is inspect.Parameter.empty:

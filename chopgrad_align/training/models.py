@@ -166,6 +166,9 @@ def load_pipeline(model: Model, mesh: DeviceMesh | None = None) -> Any:
             fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second, lora.partial)
     if model.scheduler:
         pipe.scheduler = replaced_scheduler(pipe, model.scheduler, model.call.get("num_inference_steps"))
+    if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLAllegro":  # which decodes in no other way
+        pipe.vae.enable_tiling()
+        pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
