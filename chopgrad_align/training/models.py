@@ -43,7 +43,7 @@ def check_pipeline(name: str, argument: str) -> None:
 def read_pipeline(
     name: str,
     argument: str,
-    dtypes: dict[str, str],
+    dtypes: Mapping[str, str],
     variant: str | None = None,
     revision: str | None = None,
     pipeline: str | None = None,
