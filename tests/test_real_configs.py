@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -144,7 +145,9 @@ def save_model(name, folder):
 @pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported")  # of Mochi's pipeline
 def test_two_steps(name, checkpoints, tmp_path):
     overrides = save_model(name, tmp_path)
-    size = {key: value for key, value in stand_in(name).call.items() if "guidance_scale" not in key}
+    # Wan's transformer tells tokens of the image from those of the text by their number, which is 512 there.
+    own = ("guidance_scale", *(["max_sequence_length"] if "i2v_14b" in name else []))
+    size = {key: value for key, value in stand_in(name).call.items() if key not in own}
     run = tmp_path / "run"
     asked = load_config(CONFIGS / f"{name}.yaml")
     overrides += [
@@ -192,8 +195,8 @@ def test_two_steps(name, checkpoints, tmp_path):
     factors = [key for key in last if "lora_B" in key]
     assert factors
     assert not any(first[key].any() for key in factors)  # the base model, to begin with
-    # Keys of tokens that are nearly alike have no gradient in bfloat16.
-    assert [key for key in factors if not last[key].any() and "_k" not in key] == []
+    # What looks for the one of several tokens that are nearly alike has no gradient in bfloat16.
+    assert [key for key in factors if not last[key].any() and not re.search(r"_k|attn2\.to_q", key)] == []
     assert all(value.dtype == torch.float32 for value in last.values())
 
     # The published weights are in one's hands by a plain pipeline.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -143,7 +144,7 @@ class Simulation(FakeTensorMode):
 
 @contextmanager
 def simulated(mode: Simulation, scheduler: Any) -> Iterator[None]:
-    """Within the context new tensors are fake, except the tables that the scheduler, or a copy, makes for its steps."""
+    """Within the context new tensors are fake, except the tables of the scheduler, and of a copy of it."""
     original = type(scheduler).set_timesteps
 
     @functools.wraps(original)  # pipelines look at its arguments
@@ -151,5 +152,15 @@ def simulated(mode: Simulation, scheduler: Any) -> Iterator[None]:
         with unset_fake_temporarily():
             original(*args, **kwargs)
 
-    with mock.patch.object(type(scheduler), "set_timesteps", set_timesteps), mode:
+    def deepcopied(self: Any, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        with unset_fake_temporarily():
+            vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    with (
+        mock.patch.object(type(scheduler), "set_timesteps", set_timesteps),
+        mock.patch.object(type(scheduler), "__deepcopy__", deepcopied, create=True),
+        mode,
+    ):
         yield
