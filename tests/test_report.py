@@ -428,7 +428,9 @@ def interrupted(run):
     """What a run leaves that was killed after its third measurement, of two recorded pairs."""
     for step in (0, 10, 20):
         scores = [1.0 + step / 10, 2.0, 3.0 - step / 20]
-        saved = Measurement(step, scores, {"clip": scores}, {"motion": [1.0 + step / 20] * 3}, PROMPTS, [0, 1, 2])
+        saved = Measurement(
+            step, scores, {"clip": scores}, {"motion": [1.0 + step / 20] * 3}, [*PROMPTS, "c"], [0, 1, 2]
+        )
         (run / "heldout").mkdir(exist_ok=True)
         (run / "heldout" / f"step-{step:06d}.json").write_text(saved.to_json())
         for place in range(2):
