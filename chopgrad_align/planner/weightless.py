@@ -60,11 +60,11 @@ def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) 
     return model.eval()
 
 
-def _of_transformers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) -> Any:
+def _of_transformers(mode: FakeTensorMode, cls: Any, pretrained_model_name_or_path: str, **settings: Any) -> Any:
     from transformers.initialization import no_init_weights
 
     place = {key: settings[key] for key in ("subfolder", "revision") if settings.get(key)}
-    config = cls.config_class.from_pretrained(source, **place)
+    config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **place)
     dtype = settings.get("dtype") or settings.get("torch_dtype") or torch.float32
     with mode, no_init_weights():  # whose random numbers some models look at
         model = cls._from_config(config, dtype=dtype).eval()
@@ -153,7 +153,7 @@ def simulated(mode: Simulation, scheduler: Any) -> Iterator[None]:
             original(*args, **kwargs)
 
     def deepcopied(self: Any, memo: dict[int, Any]) -> Any:
-        made = memo[id(self)] = type(self).__new__(type(self))
+        made = memo[id(self)] = object.__new__(type(self))
         with unset_fake_temporarily():
             vars(made).update(copy.deepcopy(vars(self), memo))
         return made
