@@ -77,6 +77,7 @@ def embedded_run(folder, *rewards):
                 "validation.pairs=2",
                 "validation.videos=1",
             ),
+            "~train.schedule",
             *rewards,
         ],
     )

@@ -75,7 +75,7 @@ def within(modules: set[str], *allowed: str) -> bool:
 # model library.
 CORE = [
     *("common.errors", "common.arguments", "common.loading", "common.storage_count", "common.versions", "common"),
-    "objective",
+    *("objective", "objective.reading"),
     *("decoding", "decoding.reproducible_state", "sampling", "sampling.steps"),
     *("sampling.method_replacement", "sampling.randomness", "sampling.recomputation", "sampling.sampling_loop"),
     "sampling.denoisers",

@@ -98,7 +98,7 @@ def test_a_repeated_last_step_draws_the_same(monkeypatch):
 
     def again(self, scheduler, noise):
         noised(self, scheduler, noise)
-        return noisy[self.loop.calls - 2]
+        return noisy[self._loop.announced - 2]
 
     monkeypatch.setattr(RecordedLastStep, "noised", again)
     call = {**call, "eta": 1.0, "callback_on_step_end": keep, "generator": of_seeds(3, 4)}
