@@ -51,6 +51,21 @@ def configure(model, clips, tmp_path):
     return lambda *overrides: tiny_runs.config(tmp_path, model, *own, *overrides)
 
 
+def test_video_to_video(configure, model, tmp_path, monkeypatch):
+    """Its call takes no number of frames: it makes as many as it is given."""
+    from diffusers import WanPipeline, WanVideoToVideoPipeline
+
+    wan = WanPipeline.from_pretrained(model)
+    parts = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    WanVideoToVideoPipeline(**{name: wan.components[name] for name in parts}).save_pretrained(tmp_path / "model")
+    call = ["prediction.mode=sample", "prediction.columns={video: degraded}", "model.call.strength=0.7"]
+    alone = ["train.micro_batch=1", "validation.batch=1"]
+    train(configure(f"model.name={tmp_path / 'model'}", *call, *alone))
+    norms = [row["grad_norm"] for row in tiny_runs.rows(tmp_path / "run")]
+    assert len(norms) == 2
+    assert min(norms) > 0
+
+
 # --- what is said before long work ------------------------------------------------------------------------------------
 
 

@@ -390,14 +390,6 @@ def test_an_interrupted_call_is_no_rollout():
         rollout(pipe, **call, callback_on_step_end=callback)
 
 
-def test_free_init_is_refused():
-    pipe, call = make("animatediff")
-    pipe.enable_free_init(num_iters=2)
-    with pytest.raises(UsageError, match="more than its 3 steps"):
-        rollout(pipe, **call)
-    assert everything_restored(pipe)
-
-
 @pytest.mark.parametrize(
     ("kind", "wrong", "message"),
     [

@@ -18,7 +18,7 @@ from ..common.errors import UsageError
 from ..decoding.decoders import known_decoder
 from .call_shape import FRAMES
 from .denoisers import denoisers_of
-from .outputs import expect_output
+from .outputs import expect_frames
 from .steps import StepPolicy, expect_step_policy, plan_of
 
 _VIDEOS = ("num_videos_per_prompt", "num_images_per_prompt")  # for each prompt, by one of these names
@@ -51,7 +51,7 @@ def check_call(
         raise UsageError(f"rollout: {name} makes linear light without an upper bound, not frames in [0, 1]")
     if getattr(pipe, "vae", None) is None or not hasattr(pipe, "video_processor"):
         raise UsageError(f"rollout: expected a diffusers pipeline that makes videos with a VAE, got {name}")
-    expect_output(pipe)
+    expect_frames(pipe)
     known_decoder(pipe.vae)
     parameters = inspect.signature(type(pipe).__call__).parameters
     _check_names(name, call_kwargs, parameters, reserved)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 from unittest import mock
@@ -116,8 +115,8 @@ def _decoded_by(pipe: Any, decode: Callable[..., Tensor], backprop: Backprop) ->
         del given["self"]
         return_dict = given.pop("return_dict", True)
         pixels = decode(vae, given.pop("z"), backprop, **given)
-        # Cosmos Transfer detaches what it decodes, section by section; for the next one that `encode` makes a constant.
-        vars(pixels)["detach"] = weakref.ref(pixels)  # not the tensor itself: a cycle would keep its graph
+        if type(pixels) is Tensor:
+            pixels = pixels.as_subclass(_Attached)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     # The same clamp with the policy's gradient: the pipeline's own would stop what the decoder's let through.
@@ -128,6 +127,18 @@ def _decoded_by(pipe: Any, decode: Callable[..., Tensor], backprop: Backprop) ->
         mock.patch.object(pipe.video_processor, "denormalize", denormalize),
     ):
         yield
+
+
+class _Attached(Tensor):
+    """Pixels that stay in the graph when a pipeline detaches them; what is made of them are common tensors.
+
+    Cosmos Transfer detaches what it decodes, section by section. `encode` makes a constant of it for the next section.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def detach(self) -> Tensor:
+        return self
 
 
 _SOUND = (("audio_vae", "decode"), ("vocoder", "forward"), ("sound_tokenizer", "decode"))

@@ -81,7 +81,7 @@ class GradientSteps:
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
         self.loop.take_step()
-        if self._carries_gradient() and not self.plan.unconditional:
+        if self._wanted and self.loop.step is not None and not self.plan.unconditional:
             self.branches.detach(scheduler, args, kwargs)
         return step_drawing_from(self.generator, original, scheduler, *args, **kwargs)
 
@@ -106,18 +106,13 @@ class GradientSteps:
         self.predict()
         if self.loop.step is None:
             return self._cache.fill(lambda: self._constant(original, denoiser, args, kwargs), denoiser)
-        if not self._carries_gradient() or (self.branches.unconditional and not self.plan.unconditional):
-            return self._constant(original, denoiser, args, kwargs)
-        if self.plan.detach_input:
+        if self._wanted and self.plan.detach_input:  # in all steps, so that the first one says if it cannot be done
             args, kwargs = with_constant_latents(denoiser, args, kwargs)
-        # Some pipelines write into their latents after the call (Kandinsky 5), which is run again on what it was given.
-        args, kwargs = _with(_LATENTS, Tensor.clone, denoiser, args, kwargs)
-        output = recomputed(original, denoiser, args, kwargs, self._cache.refill())
-        if denoiser is self._controlnet:  # whose output ends in the denoiser's
-            return output
-        if self._observe is not None:
-            self._observe(original, denoiser, args, kwargs, output)
-        if not self.plan.unconditional:
+        if self.branches.unconditional and not self.plan.unconditional:
+            return self._constant(original, denoiser, args, kwargs)
+        run = self._differentiated if self._carries_gradient() else self._constant
+        output = run(original, denoiser, args, kwargs)
+        if self._wanted and denoiser is not self._controlnet and not self.plan.unconditional:
             self.branches.predicted(output)
         return output
 
@@ -135,6 +130,17 @@ class GradientSteps:
                 f"rollout: {self._policy!r}: {type(self._pipe).__name__} sampled {self.loop.section + 1} section(s), "
                 f"and none of those that were chosen; choose from 0 to {self.loop.section}"
             )
+
+    def _differentiated(
+        self, original: Callable[..., Any], denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """A prediction that is made again in the backward pass."""
+        # Some pipelines write into their latents after the call (Kandinsky 5), which is run again on what it was given.
+        args, kwargs = _with(_LATENTS, Tensor.clone, denoiser, args, kwargs)
+        output = recomputed(original, denoiser, args, kwargs, self._cache.refill())
+        if self._observe is not None and denoiser is not self._controlnet:  # whose output ends in the denoiser's
+            self._observe(original, denoiser, args, kwargs, output)
+        return output
 
     def _constant(self, original: Callable[..., Any], denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A prediction that the policy takes for a constant."""

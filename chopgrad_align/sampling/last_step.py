@@ -62,7 +62,13 @@ class RecordedLastStep:
         return output
 
     def _expect_single_steps(self, scheduler: Any) -> None:
-        """Raise a UsageError if there are several sections, or another than one call of the scheduler a step."""
+        """Raise a UsageError for several sections, another than one call of the scheduler a step, or a scheduler
+        without a forward process."""
+        if not any(hasattr(scheduler, method) for method in ("scale_noise", "add_noise")):
+            raise UsageError(
+                f"LowVariance: {type(scheduler).__name__} cannot add noise to clean latents; use another scheduler, or "
+                "LastSteps(1)"
+            )
         single = self._loop.iteration != self._seen
         if self._loop.section > 0 or single is not (scheduler is self._loop.scheduler):
             raise UsageError(
@@ -85,22 +91,13 @@ class RecordedLastStep:
         restore(self.steps.generator, self._random)
 
     def noised(self, scheduler: Any, noise: Tensor) -> Tensor:
-        """Noise the clean latents to the level of the last step, and set the scheduler to that step.
-
-        Raises:
-            UsageError: The scheduler has no forward process.
-        """
+        """Noise the clean latents to the level of the last step, and set the scheduler to that step."""
         if self._index is not None:
             scheduler._step_index = self._index
         times = torch.as_tensor(self._timestep).reshape(1).to(self.clean.device)
         if hasattr(scheduler, "scale_noise"):  # of flow matching
             return scheduler.scale_noise(sample=self.clean, timestep=times, noise=noise)
-        if hasattr(scheduler, "add_noise"):
-            return scheduler.add_noise(original_samples=self.clean, noise=noise, timesteps=times)
-        raise UsageError(
-            f"LowVariance: {type(scheduler).__name__} cannot add noise to clean latents; use another scheduler, or "
-            "LastSteps(1)"
-        )
+        return scheduler.add_noise(original_samples=self.clean, noise=noise, timesteps=times)
 
 
 class RepeatedLastStep:

@@ -16,7 +16,7 @@ from .call_checks import check_call
 from .differentiable import Sampling, differentiable, performed
 from .gradient_steps import GradientSteps, Observe
 from .last_step import RecordedLastStep, RepeatedLastStep
-from .outputs import expect_output, frames_of, sound_of
+from .outputs import expect_sound, frames_of, sound_of
 from .randomness import restore, states
 from .steps import LastSteps, StepPolicy, expect_step_policy
 
@@ -85,7 +85,7 @@ def rollout(
         raise UsageError(f"rollout: steps_seed={steps_seed}: expected a seed below 2^64")
     check_call(pipe, call_kwargs)
     if audio:
-        expect_output(pipe, audio=True)
+        expect_sound(pipe, call_kwargs)
     parts = [*rollout_parts(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed, audio=audio)]
     video = _joined([part.video for part in parts])
     return (video, _joined([part.audio for part in parts if part.audio is not None])) if audio else video
@@ -148,7 +148,7 @@ def rollout_parts(
     def made(sampling: Sampling) -> tuple[Tensor, Tensor | None]:
         with performed(pipe, sampling, backprop, decode, audio) as call:
             output = call(**call_kwargs, output_type=output_type)
-        return frames_of(pipe, output, output_type), sound_of(pipe, output) if audio else None
+        return frames_of(pipe, output, output_type), sound_of(output) if audio else None
 
     generator = call_kwargs.get("generator")
     before = states(generator)

@@ -111,5 +111,5 @@ class SamplingLoop:
         if (sigmas := getattr(self.scheduler, "sigmas", None)) is not None:
             count = min(count, len(sigmas) - 1)  # some list the end of the last step as a timestep too
         if total is not None:  # less than the schedule's if the loop starts from a video
-            count -= max(0, self.scheduler.num_inference_steps - total) * self.scheduler.order
+            count -= max(0, getattr(self.scheduler, "num_inference_steps", total) - total) * self.scheduler.order
         return count
