@@ -159,9 +159,9 @@ def test_a_section_costs_the_inputs_of_its_calls(monkeypatch):
 
         return saved_bytes(pipe, run)
 
-    monkeypatch.setattr(type(pipe.vae), "decode", lambda self, z, return_dict=True: (pixels(self, z),))
-    activations = saved_bytes(pipe, lambda: plain_autograd(pipe, call, {2, 3}, "latent"))
-    assert held(25) - held(17) < activations / 20
+    more = held(25) - held(17)
+    monkeypatch.setattr(type(pipe.vae), "decode", lambda *args, **kwargs: (pixels(*args),))
+    assert more < saved_bytes(pipe, lambda: plain_autograd(pipe, call, {2, 3}, "latent")) / 20
 
 
 def test_sections_that_a_call_does_not_have():
@@ -212,12 +212,15 @@ def test_gradient_passes_a_safety_checker(entry, monkeypatch):
         pixels.append(decode(*args, **kwargs))
         return pixels[-1].clone()
 
-    [made] = rollout_parts(pipe, seeded(call), LastSteps(1), Full(), decode=keep)
+    # Many pixels of random weights are saturated.
+    [made] = rollout_parts(pipe, seeded(call), LastSteps(1), Full(saturated="pass"), decode=keep)
     assert torch.equal(made.video, frames_of(pipe, pipe(**seeded(call), output_type="pt")))
-    given = (pixels[0] * 0.5 + 0.5).clamp(0, 1).transpose(1, 2)
-    assert not torch.equal(made.video.double(), given.double())
-    assert (made.video - given).abs().max() <= 1 / 255 + 1e-6
-    assert close(gradient(pipe, made.video, retain_graph=True), gradient(pipe, given), 1e-6)
+    given = (pixels[0] * 0.5 + 0.5).transpose(1, 2)
+    assert not torch.equal(made.video.double(), given.clamp(0, 1).double())
+    assert (made.video - given.clamp(0, 1)).abs().max() <= 1 / 255 + 1e-6
+    ours, kept = gradient(pipe, made.video, retain_graph=True), gradient(pipe, given)
+    assert kept.any()
+    assert close(ours, kept, 1e-6)
 
 
 def test_sound_with_its_gradient(monkeypatch):

@@ -135,7 +135,7 @@ class _Attached(Tensor):
     Cosmos Transfer detaches what it decodes, section by section. `encode` makes a constant of it for the next section.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def detach(self) -> Tensor:
         return self

@@ -62,18 +62,17 @@ class RecordedLastStep:
         return output
 
     def _expect_single_steps(self, scheduler: Any) -> None:
-        """Raise a UsageError for several sections, another than one call of the scheduler a step, or a scheduler
-        without a forward process."""
-        if not any(hasattr(scheduler, method) for method in ("scale_noise", "add_noise")):
-            raise UsageError(
-                f"LowVariance: {type(scheduler).__name__} cannot add noise to clean latents; use another scheduler, or "
-                "LastSteps(1)"
-            )
+        """Raise a UsageError where the last step cannot be repeated alone."""
         single = self._loop.iteration != self._seen
         if self._loop.section > 0 or single is not (scheduler is self._loop.scheduler):
             raise UsageError(
                 "LowVariance repeats the last step of a single loop that calls the pipeline's scheduler once a step; "
                 "this pipeline samples otherwise: use LastSteps(1)"
+            )
+        if not any(hasattr(scheduler, method) for method in ("scale_noise", "add_noise")):
+            raise UsageError(
+                f"LowVariance: {type(scheduler).__name__} cannot add noise to clean latents; use another scheduler, or "
+                "LastSteps(1)"
             )
         self._seen = self._loop.iteration
 
