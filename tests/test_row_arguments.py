@@ -127,7 +127,11 @@ def test_conditions_at_frames(folder):
 def test_camera(folder):
     path = np.arange(32, dtype=np.float32).reshape(2, 4, 4)
     np.save(folder / "path.npy", path)
-    assert (inputs(folder, "SanaWMPipeline", image="0.png", c2w="path.npy")["c2w"] == path).all()
+    given = inputs(folder, "SanaWMPipeline", image="0.png", c2w="path.npy", intrinsics=[1, 2, 3, 4])
+    assert (given["c2w"] == path).all()
+    assert given["intrinsics"] == [1, 2, 3, 4]
+    (tensor,) = inputs(folder, "ConsisIDPipeline", image="0.png", id_vit_hidden=["path.npy"])["id_vit_hidden"]
+    assert torch.equal(tensor, torch.from_numpy(path))
 
 
 def test_a_table_of_text_says_the_same(folder):

@@ -23,10 +23,10 @@ class Condition:
     Attributes:
         prompt: May be empty beside something else.
         image: The first one.
-        weight: Of all rewards.
-        weights: Of single rewards, beside it, by the names that the config gives them; of the others 1.
-        negative_prompt: What guidance leads away from; None for the common one.
-        seed: Of its noise; None for another one each time.
+        weight: Weight of all rewards.
+        weights: Weights of single rewards, beside it, by the names that the config gives them; of the others 1.
+        negative_prompt: Prompt that guidance leads away from; None for the common one.
+        seed: Seed of its noise; None for another one each time.
         cells: Further columns that are not empty, as the file has them.
         place: File and line, for messages.
         folder: Paths in the cells are relative to it.

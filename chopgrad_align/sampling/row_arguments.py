@@ -22,7 +22,9 @@ from ..data.buckets import Bucket, crop_box, cut
 from ..data.footage import Footage, open_footage
 from ..data.source import BadFile
 from ..data.table_file import text_cell
-from .call_shape import FRAMES
+
+FRAMES = ("num_frames", "frames", "video_length")
+"""Names that pipelines have for the number of frames."""
 
 # What a run decides for each video by itself.
 _RESERVED = re.compile(
@@ -229,14 +231,10 @@ def read_argument(name: str, value: Any, annotation: Any, folder: Path, several:
     with located(f"column {name!r}"):
         if record is not None:
             return _records(record, _from_json(value), folder)
-        if isinstance(value, str) and value.strip().lower().endswith(".npy"):
-            return Value(_array(folder / value.strip(), words), constant=False)
-        if isinstance(value, list) and all(str(part).strip().lower().endswith(".npy") for part in value):
-            return Several(tuple(read_argument(name, part, annotation, folder) for part in value))
-        if words & _NUMBERS:
+        if words & _NUMBERS and not _is_array(value):
             return Value(_number(value, words))
         if words & _MEDIA or annotation is inspect.Parameter.empty:
-            return _media(name, _from_json(value) if _is_list(value) else value, folder, several)
+            return _media(name, _from_json(value) if _is_list(value) else value, words, folder, several)
         return Value(text_cell(value) if "str" in words else _from_json(value))
 
 
@@ -248,6 +246,10 @@ def _classes(annotation: Any) -> Iterable[Any]:
     yield annotation
     for part in typing.get_args(annotation):
         yield from _classes(part)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower().endswith(".npy")
 
 
 def _is_list(value: Any) -> bool:
@@ -291,12 +293,14 @@ def _records(cls: type, value: Any, folder: Path) -> Argument:
     return Record(cls, {key: read_argument(key, part, hints[key], folder) for key, part in value.items()})
 
 
-def _media(name: str, value: Any, folder: Path, several: bool) -> Argument:
+def _media(name: str, value: Any, words: set[str], folder: Path, several: bool) -> Argument:
     if isinstance(value, list):
-        return Several(tuple(_media(name.removesuffix("s"), part, folder, False) for part in value))
+        return Several(tuple(_media(name.removesuffix("s"), part, words, folder, False) for part in value))
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"expected a path, or a list of paths, got {shown(value)}")
     path = folder / readable_text(value.strip())
+    if _is_array(value):
+        return Value(_array(path, words), constant=False)
     try:
         footage = open_footage(path, str(path))
     except BadFile as bad:
