@@ -79,7 +79,7 @@ def half_precision(name):
     return name not in ("colorfulness", "compressibility", "sharpness", "motion", "warp_consistency")
 
 
-@pytest.mark.parametrize("name", filter(half_precision, NAMES))
+@pytest.mark.parametrize("name", [*filter(half_precision, NAMES)])
 @torch.no_grad()
 def test_scores_of_half_precision_are_not_in_steps(load, name):
     """In bfloat16 itself there would be as many scores as there are numbers with 8 bits."""
