@@ -193,7 +193,7 @@ def test_a_reward_that_is_easy_to_hack_is_stopped_on_the_embedded_pipeline(tmp_p
         *("~rewards.video", "rewards.colour={name: colorfulness, args: {frames: 4}}", "train.learning_rate=3.0e-3"),
         *("train.steps=16", "train.batch_size=4", "train.micro_batch=4", "train.warmup_steps=0"),
         *(
-            "gradient.steps={name: last, args: {count: 1}}",
+            "gradient.steps={name: last, args: {count: 1, unconditional: true}}",
             "~train.schedule",
             "run.threads=1",
             "guard.on_breach=stop",
