@@ -90,7 +90,7 @@ def test_a_role_that_the_data_do_not_have_is_found_before_a_model_is_loaded(conf
     ("overrides", "message"),
     [
         (["prediction.columns={vidoe: degraded}"], r"WanPipeline takes no argument 'vidoe'"),
-        (["model.scheduler.name=EDMEulerScheduler"], r"EDMEulerScheduler would take them for noise"),
+        (["model.scheduler.name=EDMEulerScheduler"], r"EDMEulerScheduler cannot sample this model, which predicts vel"),
     ],
 )
 def test_what_the_pipeline_cannot_do_is_found_before_rewards_are_loaded(configure, monkeypatch, overrides, message):
@@ -102,7 +102,7 @@ def test_what_the_pipeline_cannot_do_is_found_before_rewards_are_loaded(configur
 @pytest.mark.parametrize("mode", ["mode=one_step", "mode=denoise"])
 def test_a_pipeline_of_an_unknown_kind(configure, monkeypatch, mode):
     monkeypatch.setattr(build, "load_objective", lambda *args: pytest.fail("loaded"))
-    monkeypatch.setattr(build, "load_pipeline", lambda model: tiny_pipelines.animatediff())
+    monkeypatch.setattr(build, "load_pipeline", lambda *_: tiny_pipelines.animatediff())
     with pytest.raises(UsageError, match=r"AnimateDiffPipeline is not known to start from latents .* known are Wan, "):
         train(configure("prediction.mode=sample", "prediction.overlap=1", f"prediction.{mode}"))
 
@@ -110,7 +110,7 @@ def test_a_pipeline_of_an_unknown_kind(configure, monkeypatch, mode):
 @pytest.mark.parametrize("key", ["train.micro_batch", "validation.batch"])
 def test_a_pipeline_that_takes_one_clip_a_call(configure, monkeypatch, key):
     monkeypatch.setattr(build, "load_objective", lambda *args: pytest.fail("loaded"))
-    monkeypatch.setattr(build, "load_pipeline", lambda model: tiny_pipelines.wan_vace())
+    monkeypatch.setattr(build, "load_pipeline", lambda *_: tiny_pipelines.wan_vace())
     with pytest.raises(UsageError, match="WanVACEPipeline takes one clip a call"):
         train(configure("prediction.mode=sample", "train.micro_batch=1", "validation.batch=1", f"{key}=2"))
 

@@ -6,10 +6,10 @@ import pytest
 
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.evaluation.changes import changes, table
+from chopgrad_align.evaluation.measurement import Measurement, comparison
 from chopgrad_align.evaluation.witnesses import Bounds
 from chopgrad_align.training.guard import BoundsAndPatience, Guard, Verdict, best, exported, remarks, score
 from chopgrad_align.training.history import History
-from chopgrad_align.training.measurement import Measurement, comparison
 
 
 def measured(step, objective, motion=1.0, **witnesses):

@@ -12,6 +12,7 @@ import torch
 from tiny_runs import lora, rows, saved_lora
 
 from chopgrad_align.common.errors import Interrupted, UsageError, exit_on_usage_error
+from chopgrad_align.evaluation.report import write_report
 from chopgrad_align.training import checkpoints, measurement, observers, outcome, resume, trainer, validation
 from chopgrad_align.training.checkpoints import Checkpoints, write_weights
 from chopgrad_align.training.config import Named
@@ -91,8 +92,14 @@ def test_a_run_that_is_killed_everywhere_is_the_run_that_was_not(again, straight
     disturbed(again(), trainer.Trainer, "step", kill, call=2)
     disturbed(again(), checkpoints, "write_weights", kill)  # into the checkpoint of step 2
     disturbed(again(), validation, "evaluate", kill)  # of step 2, which has been saved
-    disturbed(again(), outcome, "draw_samples", kill)
+    disturbed(again(), trainer.Trainer, "measure", kill, call=2)  # of the last step, before it is exported
     run = tmp_path / "run"
+    held_out = json.loads((run / "heldout.json").read_text())
+    assert (held_out["steps"], held_out["interim"]) == ({"before": 0, "after": 4}, True)
+    assert held_out["readings"]["bright"]["better"] == "lower"
+    write_report(run)
+    assert not RunFolder(run).is_complete(4)
+    disturbed(again(), outcome, "draw_samples", kill)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "rew')  # cut off
     (run / ".config.yaml.1.partial").touch()

@@ -11,7 +11,7 @@ from typing import Any
 from ..common.arguments import shown, usable_path
 from ..common.errors import UsageError, located
 from .listing import describe
-from .source import Source
+from .source import Source, is_still
 from .table_file import CAPTION_NAMES, Table, column_of, file_text, read_table, text_cell
 from .videofolder import list_folder
 
@@ -23,10 +23,10 @@ class Condition:
     Attributes:
         prompt: May be empty beside something else.
         image: The first one.
-        weight: Of all rewards.
-        weights: Of single rewards, beside it, by the names that the config gives them; of the others 1.
-        negative_prompt: What guidance leads away from; None for the common one.
-        seed: Of its noise; None for another one each time.
+        weight: Weight of all rewards.
+        weights: Weights of single rewards, beside it, by the names that the config gives them; of the others 1.
+        negative_prompt: Prompt that guidance leads away from; None for the common one.
+        seed: Seed of its noise; None for another one each time.
         cells: Further columns that are not empty, as the file has them.
         place: File and line, for messages.
         folder: Paths in the cells are relative to it.
@@ -95,7 +95,8 @@ def list_conditions(path: str | Path) -> tuple[list[Condition], str]:
     columns = {"prompt": "prompt", "image": "image"}
     if "prompt" not in table.columns:
         columns["prompt"] = column_of("prompt", CAPTION_NAMES, table.columns, str(path)) or "prompt"
-    if "image" not in table.columns and "file_name" in table.columns:
+    files = [row.get("file_name") for _, row in table.rows]
+    if "image" not in table.columns and all(isinstance(name, str) and is_still(Path(name)) for name in files):
         columns["image"] = "file_name"
     conditions = []
     for place, row in table.rows:
@@ -132,7 +133,7 @@ def check_images(conditions: Iterable[Condition]) -> None:
 
 
 def _condition(folder: Path, place: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> Condition:
-    cells = {key: value for key, value in row.items() if value not in (None, "", [])}
+    cells = {key: value for key, value in row.items() if value not in (None, []) and str(value).strip()}
     texts = {}
     for role, column in {**columns, "negative_prompt": "negative_prompt"}.items():
         if role == "image" and isinstance(cells.get(column), list):

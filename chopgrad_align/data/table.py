@@ -11,7 +11,7 @@ from ..common.errors import UsageError, located
 from .listing import Listing
 from .source import BadFile, Content, Row
 from .table_file import text_cell
-from .videofolder import check_columns
+from .videofolder import METADATA, check_columns
 
 
 def is_saved_dataset(name: str) -> bool:
@@ -29,6 +29,8 @@ def is_one_split(name: str) -> bool:
 
 def is_parquet_folder(name: str) -> bool:
     """Tell whether it is a folder with parquet files that are not the metadata of others: a data set of the hub."""
+    if any((Path(name) / metadata).is_file() for metadata in METADATA):
+        return False
     levels = ("*.parquet", "*/*.parquet")  # and not all of a large folder of videos
     return any(path.stem != "metadata" for level in levels for path in Path(name).glob(level))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -20,7 +22,7 @@ _BT709 = 1  # ITU-T H.273: the number of BT.709 as primaries, as transfer functi
 _STUDIO_RANGE = 1  # libavutil's AVCOL_RANGE_MPEG
 
 # Close to transparent at 480p; at 64x64 the quality is limited by the chroma subsampling that browsers ask for.
-_QUALITY = "14"  # x264's constant rate factor: 0 is lossless, 23 its default
+_QUALITY = {"crf": "14"}  # x264's constant rate factor: 0 is lossless, 23 its default
 
 
 def write_video(path: str | Path, video: Tensor, fps: float) -> Path:
@@ -52,7 +54,7 @@ def write_video(path: str | Path, video: Tensor, fps: float) -> Path:
     pixels = (video.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     try:
         with whole_file(path) as partial:
-            _encode(partial, pixels, fps)
+            encode_video(partial, pixels, fps, _QUALITY)
     except av.error.FFmpegError as error:  # the codec's: the disk's are OSErrors too
         raise UsageError(
             f"cannot encode the video {path}, {height}x{width} at {fps:g} frames a second: {error.strerror}"
@@ -60,18 +62,28 @@ def write_video(path: str | Path, video: Tensor, fps: float) -> Path:
     return path
 
 
-def _encode(path: Path, pixels: np.ndarray, fps: float) -> None:
+def encode_video(path: Path, pictures: Iterable[np.ndarray], fps: float, options: Mapping[str, str]) -> None:
+    """Encode pictures as h264 in mp4, one in memory at a time.
+
+    Args:
+        path: The file.
+        pictures: uint8, `(H, W, 3)`, of one even size; at least one.
+        fps: Frames a second.
+        options: Of the encoder, x264.
+    """
+    pictures = iter(pictures)
+    first = next(pictures)
     # The index goes to the front of the file ("faststart"), so that a page plays it before it has all of it.
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": _QUALITY})
-        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+        stream = container.add_stream("libx264", rate=rate, options=dict(options))
+        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"
         # Without these tags each player guesses the matrix, and colours shift between players.
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _STUDIO_RANGE
-        for image in pixels:
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+        for picture in chain([first], pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,

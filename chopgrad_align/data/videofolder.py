@@ -25,7 +25,7 @@ from .table_file import (
     text_cell,
 )
 
-_METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 _VIDEO_LIST = "videos.txt"
 _CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 
@@ -195,7 +195,7 @@ def _captions_for(folder: Path, names: Collection[str]) -> list[Path]:
     Raises:
         UsageError: It has several.
     """
-    tables = [name for name in _METADATA if name in names]
+    tables = [name for name in METADATA if name in names]
     lists = [name for name in _CAPTION_LISTS if name in names] if _VIDEO_LIST in names else []
     if _VIDEO_LIST in names and not lists:
         raise UsageError(f"{folder} holds {_VIDEO_LIST} and no {' or '.join(_CAPTION_LISTS)}; add one, line by line")
@@ -208,9 +208,8 @@ def _of_lists(videos: Path, captions: Path) -> Listing:
     """The clips of two files with a line for each: a path, and a caption."""
     paths, texts = ([line.strip() for line in file_text(path).split("\n")] for path in (videos, captions))
     for lines in (paths, texts):
-        while lines and not lines[-1]:
+        while lines and not lines[-1]:  # a text editor adds such lines, and takes them away
             lines.pop()
-    # A last caption can be empty, and a text editor takes such lines away.
     if len(paths) != len(texts):
         raise UsageError(
             f"{videos} has {len(paths)} lines, and {captions.name} {len(texts)}: line by line a clip and its caption"

@@ -7,10 +7,13 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from ..objective.reading import Reading
 from .heldout import Paired, paired_where_finite
 from .witnesses import Bounds
+
+_PLAIN = Reading("")  # as it is, no direction better
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,10 @@ class Change:
     Attributes:
         name: Of a term of the objective, or of a witness.
         trained: Whether it is part of the objective.
-        after: Compared with the base model: what was exported.
+        after: Compared with the base model: what was exported. Terms as people read them.
         last: The same of the last step, if that is another.
         bounds: Of the ratio of the means.
+        reading: The way people read it.
     """
 
     name: str
@@ -30,10 +34,24 @@ class Change:
     after: Paired
     last: Paired | None = None
     bounds: Bounds | None = None
+    reading: Reading = _PLAIN
 
     def breached(self, side: Paired | None) -> bool:
         """True if `after` or `last` is out of bounds."""
         return bool(self.bounds and side and not math.isnan(side.ratio) and side.ratio not in self.bounds)
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "other", "same"]:
+        """The change as far as it is significant, p < 0.05: `same` if it is not; `other` if no direction is better."""
+        if not self.after.significant:
+            return "same"
+        if not self.reading.better:
+            return "other"
+        return "better" if (self.after.gain > 0) == (self.reading.better == "higher") else "worse"
+
+    def ratio(self, side: Paired) -> str:
+        """The ratio of the means for people; a dash if it means nothing, as of decibels."""
+        return "–" if math.isnan(side.ratio) or self.reading.unit else f"{side.ratio:.2f}"
 
 
 def changes(held_out: Mapping[str, Any]) -> list[Change]:
@@ -43,17 +61,20 @@ def changes(held_out: Mapping[str, Any]) -> list[Change]:
     found = []
     for kind in ("terms", "witnesses"):
         for name, sides in held_out.get(kind, {}).items():
-            after, last = (_compared(sides, side, conditions) for side in ("after", "last"))
+            trained = kind == "terms"
+            reading = Reading.of(held_out.get("readings", {}), name) if trained else _PLAIN
+            after, last = (_compared(sides, side, conditions, reading) for side in ("after", "last"))
             if after is not None:
-                limit = bounds.get(name) if kind == "witnesses" else None
-                found.append(Change(name, kind == "terms", after, last, limit))
+                found.append(Change(name, trained, after, last, None if trained else bounds.get(name), reading))
     return found
 
 
-def _compared(sides: Mapping[str, Sequence[float | None]], side: str, conditions: Sequence[Hashable]) -> Paired | None:
+def _compared(
+    sides: Mapping[str, Sequence[float | None]], side: str, conditions: Sequence[Hashable], reading: Reading
+) -> Paired | None:
     if side not in sides:
         return None
-    before, after = ([math.nan if v is None else v for v in sides[s]] for s in ("before", side))
+    before, after = ([math.nan if v is None else reading(v) for v in sides[s]] for s in ("before", side))
     return paired_where_finite(before, after, conditions)
 
 
@@ -72,12 +93,12 @@ def table(rows: Sequence[Change]) -> list[str]:
         marks = ["!" if row.breached(side) else "" for side in (p, last)]
         cells.append(
             [
-                row.name,
+                f"{row.name}, {row.reading.unit}" if row.reading.unit else row.name,
                 f"{p.mean_before:.4g}",
                 f"{p.mean_after:.4g}",
-                ratio(p) + marks[0],
+                row.ratio(p) + marks[0],
                 f"{p.gain:+.2g} ± {p.margin:.2g}",
-                *([ratio(last) + marks[1] if last else ""] if with_last else []),
+                *([row.ratio(last) + marks[1] if last else ""] if with_last else []),
                 "in the objective" if row.trained else str(row.bounds or ""),
             ]
         )
@@ -89,8 +110,3 @@ def table(rows: Sequence[Change]) -> list[str]:
         ).rstrip()
         for line in cells
     ]
-
-
-def ratio(side: Paired) -> str:
-    """The ratio of the means for people; a dash if there is none."""
-    return "–" if math.isnan(side.ratio) else f"{side.ratio:.2f}"

@@ -37,6 +37,11 @@ class Paired:
         return self.mean_after / self.mean_before if self.mean_before > 0 else math.nan
 
     @property
+    def significant(self) -> bool:
+        """True if the confidence interval of the gain leaves out 0."""
+        return abs(self.gain) > self.margin
+
+    @property
     def sample(self) -> str:
         """The units that the test counts."""
         if self.conditions == self.count:

@@ -2,146 +2,125 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
+from markupsafe import Markup
 
 from ..common.errors import UsageError
-from .changes import Change, changes, ratio
-from .curves import read_metrics
-from .heldout import Paired, paired_where_finite
-from .page import data_uri, write_page
-
-_TINY = 256  # pixels; narrower videos are shown pixel by pixel, not blurred
-
-
-@dataclass(frozen=True)
-class _Clip:
-    uri: str
-    tiny: bool
+from .changes import Change, changes
+from .course import Panel, panels
+from .figures import before_and_after
+from .headline import facts, headlines, model, progress, verdict
+from .page import write_page
+from .run_files import RunFiles
+from .samples import find_samples
+from .shown_samples import score, shown_samples
+from .svg import panel_svg, sparkline_svg
 
 
 @dataclass(frozen=True)
-class _Sample:
-    prompt: str
-    sides: list[tuple[str, _Clip | None]]
+class _Row:
+    """A row of the table of changes, as texts."""
 
-
-@dataclass(frozen=True)
-class _HeldOut:
-    statistics: Paired | None  # None if too few scores are finite
-    improved: int
-    rows: list[tuple[str, str, float, float]]  # prompt, seed, before, after
-    changes: list[Change]
+    change: Change
+    before: str
+    after: str
+    gain: str
+    interval: str
+    spark: Markup
 
 
 def write_report(run: str | Path) -> Path:
     """Write `report.html` into a run folder, from what the folder holds; every part may be missing.
 
-    Read are `heldout.json` (`before`, `after`, and optionally `conditions` as `paired` takes them, `prompts`, `seeds`,
-    what `changes` reads, and `remarks`), `curves.png`, `metrics.jsonl`, `samples/{before,after}/NNN.mp4` (and
-    `control`, `degraded`, `target`) with `samples/prompts.json`, `config.yaml` and `environment.json` (an object, or a
-    list with one for each start of the run).
-    Videos and pictures are embedded, so the page is a third larger than they are.
+    Read are `heldout.json` and `heldout/step-NNNNNN.json`, `metrics.jsonl`, `samples/`, `config.yaml` and
+    `environment.json` (an object, or a list with one for each start of the run). So a run that was killed, or that
+    still trains, has a report of what it has measured so far.
+
+    The videos in it are smaller and more compressed than in the folder, all of them together 20 MB at most.
 
     Raises:
         UsageError: no such folder, a file in it that is not what its name says, or the page cannot be written.
     """
-    run = Path(run)
-    if not run.is_dir():
-        raise UsageError(f"there is no run folder {run}; give the folder that a training run wrote")
-    path = run / "report.html"
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UsageError(f"there is no run folder {folder}; give the folder that a training run wrote")
+    files = RunFiles(folder)
+    rows = changes(files.held_out)
+    gains = [after - before for before, after in zip(files.scores("before"), files.scores("after"), strict=True)]
+    samples = find_samples(folder / "samples", gains, files.after)
+    groups, courses = shown_samples(files, samples)
+    sentence, breached = verdict(rows)
+    # Worth a mark only if it is not the last one.
+    exported = files.after if "last" in files.held_out.get("steps", {}) else None
+    last = max([files.step, *(measurement.step for measurement in files.measured)])
+    path = folder / "report.html"
     write_page(
         path,
         "report.html",
-        held_out=_held_out(run),
-        ratio=ratio,
-        summary=_summary(run),
-        remarks=(_read_json(run / "heldout.json", dict) or {}).get("remarks", []),
-        curves=data_uri(curves.read_bytes(), "image/png") if (curves := run / "curves.png").is_file() else "",
-        samples=_samples(run / "samples"),
-        config=(run / "config.yaml").read_text(encoding="utf-8") if (run / "config.yaml").is_file() else "",
-        versions=_environment(run / "environment.json"),
+        model=model(files),
+        facts=facts(files),
+        command=files.starts[-1].get("command", "") if files.starts else "",
+        headlines=headlines(files, rows),
+        progress=progress(files),
+        verdict=sentence,
+        breached=breached,
+        remarks=files.held_out.get("remarks", []),
+        watched=[row for row in rows if not row.trained],
+        groups=groups,
+        recorded=_recorded(len(samples), len(gains), sum(len(pairs) for _, pairs in groups)),
+        courses=courses,
+        exported=exported,
+        table=[_row(files, row) for row in rows],
+        with_last=any(row.last for row in rows),
+        by_condition=any(row.after.conditions != row.after.count for row in rows),
+        course=[
+            (panel, _legend(panel), panel_svg(panel, exported, last))
+            for panel in panels(files.training, files.rows, files.measured, files.readings)
+        ],
+        pairs=_pairs(files),
+        terms=list(files.terms),
+        config=files.config,
+        versions=_versions(files.starts),
     )
     return path
 
 
-def _environment(path: Path) -> dict[str, str]:
+def _recorded(samples: int, pairs: int, shown: int) -> str:
+    """Where the sample videos are, in words."""
+    of = f"{samples} of {pairs} held-out pairs were recorded" if samples < pairs else f"all {samples} held-out pairs"
+    return of + (f"; {shown} are in this page, the others in samples/" if shown < samples else "")
+
+
+def _row(run: RunFiles, row: Change) -> _Row:
+    spark, key = Markup(""), f"heldout/{'' if row.trained else 'witness/'}{row.name}"
+    means = [measurement.row().get(key, math.nan) for measurement in run.measured]
+    if len(means) > 2 and means[0] > 0 and not row.reading.unit:
+        steps = [measurement.step for measurement in run.measured]
+        spark = sparkline_svg(steps, [mean / means[0] for mean in means], row.bounds)
+    return _Row(row, *before_and_after(row.after), spark)
+
+
+def _legend(panel: Panel) -> list[tuple[str, str]]:
+    """Swatches, and what they stand for."""
+    several = len(panel.lines) > 1 or panel.points is not None
+    found = [(f"s{i}", line.label) for i, line in enumerate(panel.lines) if line.label and several]
+    return found + ([("dot", "held out")] if panel.points else [])
+
+
+def _pairs(run: RunFiles) -> list[tuple[Any, ...]]:
+    """Prompt, seed and the scores by term of each pair."""
+    count = len(run.scores("after"))
+    prompts, seeds = (run.held_out.get(key) or [""] * count for key in ("prompts", "seeds"))
+    scores = ([score(run, name, sides, place) for name, sides in run.terms.items()] for place in range(count))
+    return list(zip(prompts, seeds, scores, strict=True))
+
+
+def _versions(starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Names and values; of a value that differs between starts of the run, all in order."""
-    found = _read_json(path, dict | list) or []
-    starts = [start for start in (found if isinstance(found, list) else [found]) if isinstance(start, dict)]
     each = {name: [str(start[name]) for start in starts if name in start] for start in starts for name in start}
     return {name: " → ".join(dict.fromkeys(values)) for name, values in each.items()}
-
-
-def _read_json(path: Path, kind: Any) -> Any:
-    """The file's content, None if there is none."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}); correct or delete it") from error
-    if not isinstance(content, kind):
-        expected = kind.__name__ if isinstance(kind, type) else kind
-        raise UsageError(f"expected a JSON {expected} in {path}, got {content!r:.40}; correct or delete it")
-    return content
-
-
-def _held_out(run: Path) -> _HeldOut | None:
-    scores = _read_json(run / "heldout.json", dict)
-    if scores is None or "after" not in scores:
-        return None
-    before, after = ([math.nan if v is None else v for v in scores.get(side, [])] for side in ("before", "after"))
-    prompts = scores.get("prompts") or [""] * len(before)
-    seeds = scores.get("seeds") or [""] * len(before)
-    statistics = paired_where_finite(before, after, scores.get("conditions") or range(len(before)))
-    improved = sum(b > a for a, b in zip(before, after, strict=True))
-    rows = list(zip(prompts, map(str, seeds), before, after, strict=True))
-    return _HeldOut(statistics, improved, rows, changes(scores))
-
-
-def _summary(run: Path) -> list[tuple[str, str]]:
-    """Names and values of what the training rows say in a word."""
-    if not (run / "metrics.jsonl").is_file():
-        return []
-    training, _ = read_metrics(run)
-    if not training:
-        return []
-    facts = [("steps", f"{training['step'][-1]:.0f}")]
-    seconds = sum(values[values == values].sum() for key, values in training.items() if key.startswith("seconds/"))
-    if seconds:
-        facts.append(("training time", f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"))
-    if "peak_memory_gib" in training:
-        facts.append(("peak memory", f"{max(training['peak_memory_gib']):.2f} GiB"))
-    return facts
-
-
-def _samples(folder: Path) -> list[_Sample]:
-    prompts = _read_json(folder / "prompts.json", list) or []
-    # Of runs with clips also what a prediction starts from, and what it should be.
-    shown = ("control", "degraded", "before", "after", "target")
-    sides = [side for side in shown if side in ("before", "after") or (folder / side).is_dir()]
-    names = sorted({path.name for side in ("before", "after") for path in (folder / side).glob("*.mp4")})
-    return [
-        _Sample(
-            prompts[int(name[:-4])] if name[:-4].isdecimal() and int(name[:-4]) < len(prompts) else "",
-            [(side, _clip(folder / side / name)) for side in sides],
-        )
-        for name in names
-    ]
-
-
-def _clip(path: Path) -> _Clip | None:
-    if not path.is_file():
-        return None
-    try:
-        with av.open(str(path)) as container:
-            width = container.streams.video[0].width
-    except (OSError, IndexError, av.error.FFmpegError) as error:
-        raise UsageError(f"{path} is not a video; delete it and write the report again") from error
-    return _Clip(data_uri(path.read_bytes(), "video/mp4"), width < _TINY)

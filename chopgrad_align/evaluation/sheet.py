@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from torch import Tensor
 from ..common.errors import UsageError
 from ..common.files import whole_file
 from ..data.video import read_video
+from .run_files import RunFiles, read_json
+from .samples import find_samples, grouped
 
 _INK, _PAPER, _GAP = "#222222", "#ffffff", 6
 
@@ -56,25 +57,36 @@ def contact_sheet(
 
 
 def draw_samples(run: str | Path, most: int = 6) -> Path | None:
-    """Write `samples.png` of a run: its first samples before and after, from their files; None if it has none."""
-    folder = Path(run) / "samples"
-    names = sorted(path.name for path in (folder / "before").glob("*.mp4") if (folder / "after" / path.name).is_file())
-    if not names:
+    """Write `samples.png` of a run: the samples that its page shows first, before and after; None if there are none."""
+    files = RunFiles(Path(run))
+    gains = [after - before for before, after in zip(files.scores("before"), files.scores("after"), strict=True)]
+    ordered = [s for _, group in grouped(find_samples(files.folder / "samples", gains, files.after)) for s in group]
+    samples = [sample for sample in ordered if {"before", "after"} <= sample.sides.keys()][:most]
+    if not samples:
         return None
-    names = names[:most]
-    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-    videos = {side: [read_video(folder / side / name)[0] for name in names] for side in ("before", "after")}
-    path = Path(run) / "samples.png"
-    sheet = contact_sheet(videos, [prompts[int(Path(name).stem)] for name in names])
+    prompts = read_json(files.folder / "samples" / "prompts.json", list)
+    videos = {side: [_some_frames(sample.sides[side]) for sample in samples] for side in ("before", "after")}
+    path = files.folder / "samples.png"
+    sheet = contact_sheet(videos, [prompts[sample.place] for sample in samples])
     with whole_file(path) as partial:
         sheet.save(partial, format="png")
     return path
 
 
+def _some_frames(path: Path, frames: int = 4) -> Tensor:
+    """Evenly spaced frames, so that no more than one whole video is in memory."""
+    video = read_video(path)[0]
+    return video[_spaced(len(video), frames)].clone()
+
+
+def _spaced(count: int, frames: int) -> Tensor:
+    return torch.linspace(0, count - 1, frames).round().long()
+
+
 def _strip(video: Tensor, frames: int, height: int) -> Image.Image:
     if video.ndim != 4 or video.shape[1] != 3:
         raise UsageError(f"expected a video (frames, 3, height, width), got shape {tuple(video.shape)}")
-    chosen = video[torch.linspace(0, len(video) - 1, frames).round().long()].detach().float().cpu()
+    chosen = video[_spaced(len(video), frames)].detach().float().cpu()
     width = round(chosen.shape[3] * height / chosen.shape[2])
     # Tiny videos are shown pixel by pixel, not as a blur; large ones are averaged down.
     mode = "nearest-exact" if height >= chosen.shape[2] else "area"

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..common.errors import UsageError
 from .losses import Loss
-from .losses.protocol import FrameLoss, compare
+from .losses.protocol import FrameLoss, VideoLoss, compare
 from .losses.protocol import frames_read as frames_compared
+from .reading import Reading
 from .reward import Reward, check_reward
 from .reward.frames import All
 from .reward.protocol import FrameReward, frames_read, score
@@ -77,6 +78,11 @@ class Term(ABC):
         """See the class."""
         return None
 
+    @property
+    def reading(self) -> Reading:
+        """The way people read its scores."""
+        return Reading("higher" if self.kind == "reward" else "lower")
+
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
         """The frames of each sample that it reads, of videos of `total` frames; default: all."""
         return [list(range(total)) for _ in seeds]
@@ -127,6 +133,11 @@ class RewardTerm(Term):
         """The reward, if it is a network."""
         return self.reward if isinstance(self.reward, nn.Module) else None
 
+    @property
+    def reading(self) -> Reading:
+        """The reward's own scores; no direction is better if they have a target."""
+        return Reading("" if self.target is not None else "higher" if self.weight >= 0 else "lower")
+
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
         """See `Term.frames_read`."""
         return frames_read(self.reward, total, seeds)
@@ -176,6 +187,11 @@ class LossTerm(Term):
     def frame_loss(self) -> FrameLoss | None:
         """The loss, if it compares every frame alone."""
         return self.loss if isinstance(self.loss, FrameLoss) and isinstance(self.loss.frames, All) else None
+
+    @property
+    def reading(self) -> Reading:
+        """The loss's own."""
+        return self.loss.reading if isinstance(self.loss, FrameLoss | VideoLoss) else super().reading
 
     def frames_read(self, total: int, seeds: Sequence[int]) -> list[list[int]]:
         """See `Term.frames_read`."""

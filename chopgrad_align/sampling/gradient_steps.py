@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ..common.errors import UsageError
 from .guidance_branches import GuidanceBranches
 from .key_value_cache import KeyValueCache
+from .randomness import Generators, step_drawing_from
 from .recomputation import recomputed
 from .sampling_loop import SamplingLoop
 from .steps import StepPlan, StepPolicy, plan_of
@@ -43,14 +44,23 @@ class GradientSteps:
         policy: Is asked for a plan when a section begins, which is when its number of steps is known.
         seed: Of the plan.
         observe: Is told of the denoiser's calls that have a graph; not of a controlnet's.
+        generator: Of the call; the scheduler draws from it.
     """
 
     plan: StepPlan
     """The policy's plan for the section that is under way."""
 
-    def __init__(self, pipe: Any, policy: StepPolicy, seed: int, observe: Observe | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        policy: StepPolicy,
+        seed: int,
+        observe: Observe | None = None,
+        generator: Generators = None,
+    ) -> None:
         self.loop = SamplingLoop(pipe)
         self.branches = GuidanceBranches()
+        self.generator = generator
         self._pipe, self._policy, self._seed, self._observe = pipe, policy, seed, observe
         self._planned = -1  # the section that `plan` is of
         self._cache = KeyValueCache()
@@ -73,7 +83,7 @@ class GradientSteps:
         self.loop.take_step()
         if self._wanted and self.loop.step is not None and not self.plan.unconditional:
             self.branches.detach(scheduler, args, kwargs)
-        return original(scheduler, *args, **kwargs)
+        return step_drawing_from(self.generator, original, scheduler, *args, **kwargs)
 
     def predict(self) -> None:
         """Note that a denoiser is called, and let the pipeline's own code record a graph from the first call on.

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from ..common.errors import UsageError
 from .gradient_steps import GradientSteps
+from .randomness import restore, states
 
 
 class RecordedLastStep:
@@ -35,6 +36,7 @@ class RecordedLastStep:
         self._result: Any = None
         self._timestep: Any = None
         self._index: int | None = None
+        self._random: list[Tensor] = []
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
@@ -43,6 +45,7 @@ class RecordedLastStep:
         last = scheduler is self._loop.scheduler and self._loop.is_last
         if last:
             self._index = getattr(scheduler, "step_index", None)
+            self._random = states(self.steps.generator)
             self._timestep = (
                 inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs).arguments["timestep"]
             )
@@ -82,6 +85,10 @@ class RecordedLastStep:
         leaves, structure = tree_flatten(self._result)
         return tree_unflatten([latents, *[None] * (len(leaves) - 1)], structure)
 
+    def draw_again(self) -> None:
+        """Let the scheduler draw what it drew in the last step."""
+        restore(self.steps.generator, self._random)
+
     def noised(self, scheduler: Any, noise: Tensor) -> Tensor:
         """Noise the clean latents to the level of the last step, and set the scheduler to that step."""
         if self._index is not None:
@@ -107,6 +114,8 @@ class RepeatedLastStep:
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
+        if scheduler is self._loop.scheduler and self._loop.is_last:
+            self._record.draw_again()
         if scheduler is not self._loop.scheduler or self._loop.is_last:
             return self.steps.step(original, scheduler, *args, **kwargs)
         self._loop.take_step()

@@ -17,6 +17,7 @@ from .differentiable import Sampling, differentiable, performed
 from .gradient_steps import GradientSteps, Observe
 from .last_step import RecordedLastStep, RepeatedLastStep
 from .outputs import expect_sound, frames_of, sound_of
+from .randomness import restore, states
 from .steps import LastSteps, StepPolicy, expect_step_policy
 
 __all__ = ["RolloutPart", "check_call", "differentiable", "rollout", "rollout_parts"]
@@ -60,6 +61,9 @@ def rollout(
     The gradient reaches the weights of the denoiser that require one (its LoRA), and those of the VAE's decoder. Text
     and image encoders run without. Under `torch.no_grad` it is the plain call. One call of the denoiser keeps its
     activations at a time; for one block's, also call `pipe.transformer.enable_gradient_checkpointing()`.
+
+    A stochastic scheduler draws from the call's `generator`, with one for each video from that video's, also where the
+    pipeline itself would leave it to the global random state; so does the plain call in `seeded`.
 
     Args:
         pipe: A diffusers pipeline that makes videos, with its modules on one device, not offloaded.
@@ -147,19 +151,19 @@ def rollout_parts(
         return frames_of(pipe, output, output_type), sound_of(output) if audio else None
 
     generator = call_kwargs.get("generator")
-    before = _states(generator)
-    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe))
+    before = states(generator)
+    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe, generator))
     video, sound = made(record)
     repeats = record.steps.plan.repeats
     yield RolloutPart(video, 1 / (repeats + 1), repeats, sound)
     del video, sound  # with their graph, before the next clips are made
     for rest in reversed(range(repeats)):
         noise = _noise_like(record.clean, generator)
-        after = _states(generator)
-        _restore(generator, before)
-        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed, observe), record, noise)
+        after = states(generator)
+        restore(generator, before)
+        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed, observe, generator), record, noise)
         video, sound = made(repetition)
-        _restore(generator, after)
+        restore(generator, after)
         yield RolloutPart(video, 1 / (repeats + 1), rest, sound)
         del video, sound
 
@@ -168,16 +172,3 @@ def _noise_like(latents: Tensor, generator: Any) -> Tensor:
     from diffusers.utils.torch_utils import randn_tensor
 
     return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-
-
-def _listed(generator: Any) -> list[torch.Generator]:
-    return generator if isinstance(generator, list) else [] if generator is None else [generator]
-
-
-def _states(generator: Any) -> list[Tensor]:
-    return [one.get_state() for one in _listed(generator)]
-
-
-def _restore(generator: Any, states: list[Tensor]) -> None:
-    for one, state in zip(_listed(generator), states, strict=True):
-        one.set_state(state)

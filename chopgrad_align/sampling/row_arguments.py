@@ -22,7 +22,9 @@ from ..data.buckets import Bucket, crop_box, cut
 from ..data.footage import Footage, open_footage
 from ..data.source import BadFile
 from ..data.table_file import text_cell
-from .call_shape import FRAMES
+
+FRAMES = ("num_frames", "frames", "video_length")
+"""Names that pipelines have for the number of frames."""
 
 # What a run decides for each video by itself.
 _RESERVED = re.compile(
@@ -229,11 +231,11 @@ def read_argument(name: str, value: Any, annotation: Any, folder: Path, several:
     with located(f"column {name!r}"):
         if record is not None:
             return _records(record, _from_json(value), folder)
+        if words & _NUMBERS and not _is_array(value):
+            return Value(_number(value, words))
         if words & _MEDIA or annotation is inspect.Parameter.empty:
             return _media(name, _from_json(value) if _is_list(value) else value, words, folder, several)
-        if "str" in words:
-            return Value(text_cell(value))
-        return Value(_number(value, words) if words & _NUMBERS else _from_json(value))
+        return Value(text_cell(value) if "str" in words else _from_json(value))
 
 
 def _words(annotation: Any) -> set[str]:
@@ -244,6 +246,10 @@ def _classes(annotation: Any) -> Iterable[Any]:
     yield annotation
     for part in typing.get_args(annotation):
         yield from _classes(part)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower().endswith(".npy")
 
 
 def _is_list(value: Any) -> bool:
@@ -293,7 +299,7 @@ def _media(name: str, value: Any, words: set[str], folder: Path, several: bool) 
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"expected a path, or a list of paths, got {shown(value)}")
     path = folder / readable_text(value.strip())
-    if path.suffix.lower() == ".npy":
+    if _is_array(value):
         return Value(_array(path, words), constant=False)
     try:
         footage = open_footage(path, str(path))

@@ -148,7 +148,7 @@ def _buckets_of(bound: BoundCondition, buckets: Sequence[Bucket]) -> Sequence[Bu
     return [chosen or choose_bucket(buckets, longest, lead.height, lead.width) or buckets[0]]
 
 
-def check_stacks(pipe: Any, rows: Sequence[BoundCondition]) -> None:
+def check_stacks(rows: Sequence[BoundCondition]) -> None:
     """Raise a UsageError if rows of one shape cannot be in one call, which has many arguments once for all videos."""
     if any(row.media for row in rows):
         raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")

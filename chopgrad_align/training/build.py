@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 
 from ..common.arguments import shown
 from ..common.errors import UsageError, located
-from ..common.loading import construct, unknown_name
+from ..common.loading import construct, construct_known
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
 from ..sampling.call_shape import as_taken
@@ -23,12 +23,17 @@ from . import guard
 from .average import Average
 from .config import Config, Guard
 from .data import clip_encoder
-from .lora import TRAINED, freeze, lora_config, lora_file, read_lora
+from .lora import TRAINED, freeze, lora_config, read_lora, with_what_fits
+from .lora_files import lora_file, open_lora
 from .methods import DirectGradient
 from .models import check_prediction, load_objective, load_pipeline
 from .optimizers import make_optimizer, make_schedule
+from .sharding import shapes_of_the_whole
 from .state import TrainState
 from .trainable import LoraOnDenoisers, Trainable
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _TRAINABLES = {"modules": "chopgrad_align.training.modules:Modules"}
 
@@ -47,6 +52,7 @@ def load_models(
     device: torch.device,
     calls: Callable[[Any], Sequence[Mapping[str, Any]]],
     new_weights: AbstractContextManager[Any] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Models:
     """Load what a config names; what can be wrong is looked at first, the cheap things before the slow ones.
 
@@ -55,18 +61,20 @@ def load_models(
         device: Where rewards and losses go.
         calls: From the pipeline to the arguments of each kind of call that it will make.
         new_weights: Context in which the trained weights are made.
+        mesh: Processes that share one copy of the frozen denoisers.
 
     Raises:
         UsageError: A model, scheduler, call, reward, loss or layer that is not there or does not fit.
     """
     if config.lora.start_from is not None:
-        lora_file(Path(config.lora.start_from))
-    pipe = load_pipeline(config.model)
+        with located("lora.start_from"):
+            open_lora(lora_file(Path(config.lora.start_from)))
+    pipe = load_pipeline(config.model, mesh)
     check_prediction(pipe, config)
     _check_calls(pipe, config, calls(pipe))
     objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
     torch.manual_seed(config.run.seed)  # the first weights
-    with nullcontext() if new_weights is None else new_weights:
+    with shapes_of_the_whole(pipe), nullcontext() if new_weights is None else new_weights:
         trainable = make_trainable(config, pipe)
     return Models(pipe, objective, trainable)
 
@@ -79,13 +87,10 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
     """
     named = config.trainable
     if named is None:
-        made: Trainable = LoraOnDenoisers(pipe, _adapter(config))
+        made: Trainable = LoraOnDenoisers(pipe, _adapter(config), config.lora.denoisers)
     else:
-        if ":" not in named.name and named.name not in _TRAINABLES:
-            raise unknown_name("trainable", named.name, _TRAINABLES)
         freeze(pipe)
-        location = _TRAINABLES.get(named.name, named.name)
-        found = construct("trainable", named.name, location, named.args, pipe=pipe)
+        found = construct_known("trainable", named.name, _TRAINABLES, named.args, pipe=pipe)
         if not isinstance(found, Trainable):
             raise UsageError(f"trainable.name: {named.name} made a {type(found).__name__}, which is no Trainable")
         made = found
@@ -181,14 +186,17 @@ def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
     )
 
 
-def make_state(config: Config, trainable: Trainable) -> TrainState:
+def make_state(config: Config, pipe: Any, trainable: Trainable) -> TrainState:
     """The state of a run before its first step.
 
     Raises:
         UsageError: `lora.start_from` does not fit; an optimizer or schedule that cannot be made.
     """
     if config.lora.start_from is not None:
-        trainable.load_state_dict(read_lora(Path(config.lora.start_from), _adapter(config)))
+        with located("lora.start_from"):
+            found = read_lora(pipe, Path(config.lora.start_from), _adapter(config), config.lora.partial)
+            own = trainable.state_dict()
+            trainable.load_state_dict(with_what_fits(own, found) if config.lora.partial else found)
     optimizer, decay = make_optimizer(trainable.parameters, config.train), config.ema.decay
     average = None if decay is None else Average(trainable.parameters, decay)
     return TrainState(trainable, optimizer, make_schedule(optimizer, config.train), average)

@@ -25,7 +25,6 @@ from .batches import Batches, ClipBatches, PromptBatches
 from .bound_conditions import Binding, BoundCondition, bind, check_stacks
 from .config import Clips as ClipsConfig
 from .config import Config
-from .config import Data as DataConfig
 from .parallel import launched_as_main
 
 
@@ -82,14 +81,12 @@ class PromptData:
     Attributes:
         training: To sample from.
         held_out: To measure with.
-        settings: Of the config.
-        stacks: Whether several videos are in a call.
+        config: Of the run.
     """
 
     training: list[Condition]
     held_out: list[Condition]
-    settings: DataConfig
-    stacks: bool = False
+    config: Config
     _bound: dict[Any, tuple[Binding, Binding]] = field(default_factory=dict, compare=False, repr=False)
 
     def bound(self, pipe: Any) -> tuple[Binding, Binding]:
@@ -99,11 +96,14 @@ class PromptData:
             UsageError: As `bind`, or rows that are not to be in one call.
         """
         if type(pipe) not in self._bound:
-            shapes = [Bucket(*shape) for shape in self.settings.buckets]
-            both = [bind(pipe, of, self.settings.ignore, shapes) for of in (self.training, self.held_out)]
+            settings, batch = self.config.data, self.config.validation.batch
+            shapes = [Bucket(*shape) for shape in settings.buckets]
+            both = [bind(pipe, of, settings.ignore, shapes) for of in (self.training, self.held_out)]
+            if batch > 1 and len({row.shape for row in both[1].rows}) > 1:
+                raise UsageError("data.held_out: videos of several shapes do not stack: set validation.batch=1")
             for key, binding in zip(("data.train", "data.held_out"), both, strict=True):
-                if self.stacks:
-                    check_stacks(pipe, binding.rows)
+                if max(self.config.train.micro_batch, batch) > 1:
+                    check_stacks(binding.rows)
                 read, unread = binding.arguments, binding.unread
                 if read or unread:
                     _say(
@@ -155,12 +155,9 @@ def _prompt_data(config: Config) -> PromptData:
         with located(key):
             read[key], said = list_conditions(name)
         _say(f"{key}: {name}: {said}")
-    stacks = max(config.train.micro_batch, config.validation.batch) > 1
-    data = PromptData(read["data.train"], read["data.held_out"], config.data, stacks)
+    data = PromptData(read["data.train"], read["data.held_out"], config)
     if Path(config.data.train).samefile(config.data.held_out):
         _say(f"data.held_out: {config.data.held_out} is data.train too; what is measured there is not held out")
-    if len(config.data.buckets) > 1 and config.validation.batch > 1:
-        raise UsageError("videos of several buckets do not stack: set validation.batch=1")
     both = data.training + data.held_out
     for condition in both:
         for name in condition.weights:
@@ -168,7 +165,7 @@ def _prompt_data(config: Config) -> PromptData:
                 hint = nearest(name, config.rewards) or f"; there are {', '.join(config.rewards) or 'none'}"
                 raise UsageError(f"data: no reward is called as in the column 'weight.{name}'{hint}")
     check_images(both)
-    if stacks and any(condition.image for condition in both):
+    if max(config.train.micro_batch, config.validation.batch) > 1 and any(condition.image for condition in both):
         raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
     return data
 

@@ -123,7 +123,8 @@ class _EncodedPrompts:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
-        if arguments["prompt"] is None:  # the caller has embeddings
+        if arguments["prompt"] is None and any(isinstance(value, Tensor) for value in arguments.values()):
+            # The caller has embeddings; HunyuanVideo 1.5 without them means an empty prompt.
             return self._encode(*args, **kwargs)
         device = arguments.pop("device", None) or self._pipe.device
         rows = [self._row(one) for one in _one_by_one(arguments)]
@@ -172,14 +173,16 @@ class _EncodedPrompts:
 def _one_by_one(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The arguments for each prompt of several: of lists that go with the prompts, the item that goes with this one."""
     prompts = arguments["prompt"]
-    if isinstance(prompts, str):
-        yield arguments
+    alone = {"batch_size": 1} if "batch_size" in arguments else {}
+    if prompts is None or isinstance(prompts, str):
+        for _ in range(arguments.get("batch_size", 1)):
+            yield arguments | alone
         return
     for i in range(len(prompts)):
         yield {
             name: value[i] if isinstance(value, list) and len(value) == len(prompts) else value
             for name, value in arguments.items()
-        }
+        } | alone
 
 
 def _has_mask(row: Mapping[str, Tensor]) -> bool:

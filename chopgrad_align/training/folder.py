@@ -110,9 +110,13 @@ class RunFolder:
     def is_complete(self, steps: int) -> bool:
         """True if a run of so many steps has left everything that it leaves."""
         try:
-            measured = json.loads(self.held_out.read_text(encoding="utf-8"))["steps"]
-            last = measured.get("last", measured["after"])
-            return last == steps and self.report.stat().st_mtime >= self.held_out.stat().st_mtime
+            held_out = json.loads(self.held_out.read_text(encoding="utf-8"))
+            last = held_out["steps"].get("last", held_out["steps"]["after"])
+            return (
+                last == steps
+                and not held_out.get("interim")
+                and self.report.stat().st_mtime >= self.held_out.stat().st_mtime
+            )
         except (OSError, ValueError, KeyError):
             return False
 

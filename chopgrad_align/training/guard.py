@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from ..evaluation.heldout import paired_where_finite
+from ..evaluation.measurement import Measurement
 from ..evaluation.witnesses import Bounds
-from .measurement import Measurement
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from .folder import RunFolder
 from .parallel import Replicas
 
 _SMOOTHING = 0.9  # of the reward in the bar: about the last ten steps
+_SHOWN = 8  # samples, in trackers
 _SECONDS_IN_A_LOG = 30.0  # between lines of the bar, where it is no terminal that shows it
 
 
@@ -72,8 +73,8 @@ class Observers:
         return shown | ({"skipped": f"{row['skipped']:.0f}"} if row["skipped"] else {})
 
     def samples(self, step: int, folder: Path, prompts: Sequence[str]) -> None:
-        """Show the sample videos of a measurement, `NNN.mp4` of the folder, with their prompts."""
-        for path in sorted(folder.glob("*.mp4")):
+        """Show the first sample videos of a measurement, `NNN.mp4` of the folder, with their prompts."""
+        for path in sorted(folder.glob("*.mp4"))[:_SHOWN]:
             prompt = prompts[int(path.stem)] if int(path.stem) < len(prompts) else ""
             for tracker in self._parallel.trackers:
                 _SHOW[tracker.name](tracker.tracker, f"samples/{path.stem}", path, prompt, step)

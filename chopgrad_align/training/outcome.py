@@ -6,17 +6,17 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..evaluation.curves import draw_curves
 from ..evaluation.heldout import Paired, paired_where_finite
+from ..evaluation.measurement import Measurement
 from ..evaluation.report import write_report
 from ..evaluation.sheet import draw_samples
-from .batches import held_out_seed
 from .checkpoints import read_weights
 from .folder import RunFolder
-from .guard import exported, remarks
-from .measurement import Measurement, comparison, pictures, with_nulls
+from .guard import exported
+from .measurement import pictures
 from .state import TrainState
 from .validation import Validation
 
@@ -80,13 +80,8 @@ class Outcome:
 
     def report(self, after: Measurement | None, *sentences: str) -> None:
         """Write the comparison of the base model with a later measurement, if there is one, and what shows it."""
-        said = remarks(self.validation.verdicts)
-        held: dict[str, Any] = {"remarks": [text for text in (*said, *sentences) if text]}
-        if after is not None:
-            held |= comparison(self.validation.measured, after)
-            held["seeds"] = [held_out_seed(i) for i in range(len(after.prompts))]
-            held["bounds"] = {name: [b.least, b.most] for name, b in self.validation.guard.bounds.items()}
-        self.folder.write(self.folder.held_out, json.dumps(with_nulls(held)))
+        held_out = self.validation.compared(after, [text for text in sentences if text])
+        self.folder.write(self.folder.held_out, json.dumps(held_out))
         if after is not None:
             with pictures("samples/after"):
                 self.folder.show_as_after(after.step)

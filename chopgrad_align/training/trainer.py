@@ -13,11 +13,11 @@ from tqdm import tqdm
 from ..common.errors import Interrupted, UsageError
 from ..data.order import mix
 from ..evaluation.heldout import Paired
+from ..evaluation.measurement import Measurement
 from .batches import Batches, on_device
 from .checkpoints import write_state
 from .config import Config
 from .folder import RunFolder
-from .measurement import Measurement
 from .methods import Method, MicroBatch
 from .observers import Observers
 from .outcome import Outcome
@@ -43,8 +43,8 @@ class Trainer:
 
     All randomness is a function of the seed, the step and the sample, so that a resumed run is the same run, and that
     the number of processes and the size of micro-batches change rounding only. The exception is what layers draw as
-    they run, the masks of `lora.dropout` > 0 and noise that a decoder injects: that is seeded by the step and the
-    process, and drawn in the order of the micro-batches, so that results then depend on both numbers.
+    they run, the masks of `lora.dropout` > 0 and noise that a decoder injects: that is seeded by the step and all
+    samples of the micro-batch, so that results then depend on how the batch is split.
     """
 
     config: Config
@@ -108,7 +108,7 @@ class Trainer:
         """Take one optimizer step, of this process's part of the batch; returns the row of metrics."""
         state, progress = self.state, self.state.progress
         state.trainable.train()
-        torch.manual_seed(mix(self.config.run.seed, progress.step, self.parallel.rank))  # dropout, a decoder's noise
+        torch.manual_seed(mix(self.config.run.seed, progress.step))  # for what draws outside of the method
         results = []
         for _ in self.shares:
             with self.phases("data"):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ..evaluation.measurement import Measurement, comparison, with_nulls
 from ..evaluation.witnesses import Witness
-from .batches import Batches
+from .batches import Batches, held_out_seed
 from .checkpoints import write_weights
 from .config import Validation as Settings
 from .data import Data
 from .folder import RunFolder
-from .guard import Guard, Verdict, best
+from .guard import Guard, Verdict, best, remarks
 from .history import History
-from .measurement import Measurement, evaluate, joined
+from .measurement import evaluate, joined
 from .methods import Method
 from .parallel import Replicas
 from .state import TrainState
@@ -73,7 +75,7 @@ class Validation:
                 settings.batch,
                 (self.parallel.rank, self.parallel.world),
                 (self.folder.samples / name, settings.videos, self.fps),
-                self.requests.number,
+                lambda: self.parallel.greatest(self.requests.number()),
             )
         self.requests.stop_if_any(self.parallel)
         scores, progress = joined(self.parallel.gather_objects(share)), state.progress
@@ -104,6 +106,23 @@ class Validation:
                 tqdm.write(f"guard: {sentence}")
             self.folder.write(self.folder.samples / "prompts.json", json.dumps(now.prompts))
         self.history.add(now, write=self.parallel.is_main)
+        if self.parallel.is_main and len(measured) > 1:  # so that a run that is killed has a report too
+            self.folder.write(self.folder.held_out, json.dumps({**self.compared(now), "interim": True}))
+
+    def compared(self, after: Measurement | None, sentences: Sequence[str] = ()) -> dict[str, Any]:
+        """The content of `heldout.json`: the base model beside a later measurement, if there is one.
+
+        Args:
+            after: The later one.
+            sentences: Follow the guard's remarks.
+        """
+        found: dict[str, Any] = {"remarks": [*remarks(self.verdicts), *sentences]}
+        if after is not None:
+            found |= comparison(self.measured, after)
+            found["seeds"] = [held_out_seed(i) for i in range(len(after.prompts))]
+            found["bounds"] = {name: [b.least, b.most] for name, b in self.guard.bounds.items()}
+            found["readings"] = {n: term.reading.to_dict() for n, term in self.method.objective.terms.items()}
+        return with_nulls(found)
 
     @property
     def measured(self) -> list[Measurement]:

@@ -16,13 +16,14 @@ _FAMILIES = (cogvideox, cosmos, hunyuan, kandinsky, ltx, ltx2, sana, transformer
 ENTRIES: dict[str, Entry] = {name: entry for family in _FAMILIES for name, entry in family.ENTRIES.items()}
 """By the name of the class; of its further modes, by `class/mode`."""
 
+_ZERO = "makes images of an image model, as a numpy array, with frames warped between its steps"
 NOT_SAMPLERS = {
     "LTXLatentUpsamplePipeline": "enlarges latents by one call of a network; nothing is sampled",
     "LTX2LatentUpsamplePipeline": "enlarges latents by one call of a network; nothing is sampled",
     "LTX2VideoDiffusionDecodePipeline": "decodes latents that another pipeline has made",
     "LTX2DFRTemporalRefinePipeline": "refines latents and keyframes that another pipeline has made",
-    "TextToVideoZeroPipeline": "makes images of an image model, as a numpy array, with frames warped between its steps",
-    "TextToVideoZeroSDXLPipeline": "makes images of an image model, as a numpy array, with frames warped between its steps",
+    "TextToVideoZeroPipeline": _ZERO,
+    "TextToVideoZeroSDXLPipeline": _ZERO,
 }
 """Classes without an entry, and why."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from tiny_vaes import cosmos_vae, wan_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {
@@ -24,6 +24,7 @@ _CALL = {
 _PROMPT = {"prompt": parts.TEXT}
 _IMAGE = {**_PROMPT, "image": parts.image()}
 _VIDEO = {**_PROMPT, "video": parts.clip(9)}
+_TARGETS = ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _TRANSFORMER = {
     "out_channels": 4,
     "num_attention_heads": 2,
@@ -153,10 +154,12 @@ ENTRIES = {
         _cosmos3,
         {key: value for key, value in _CALL.items() if key != "max_sequence_length"},
         _PROMPT,
+        targets=_TARGETS,
     ),
     "Cosmos3OmniPipeline/image": Entry(
         _cosmos3,
         {key: value for key, value in _CALL.items() if key != "max_sequence_length"},
         _IMAGE,
+        targets=_TARGETS,
     ),
 }

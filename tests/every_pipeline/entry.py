@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+TOLERANCE = 2e-5
+"""Of a gradient, in parts of the norm of plain autograd's: rounding in float32, in which most pipelines have parts."""
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
 from tiny_vaes import hunyuan_video15_vae, hunyuan_video_vae
 
-from . import parts
 from .entry import Entry
 
 _TEMPLATE = {"template": "<|im_start|> {}", "crop_start": 1}
@@ -22,6 +22,8 @@ _CALL = {
 }
 _PROMPT = {"prompt": parts.TEXT}
 _IMAGE = {**_PROMPT, "image": parts.image()}
+# The pipeline looks for the ends of three headers.
+_IMAGE_TEMPLATE = "<|im_start|> <|end_header_id|> <image> <|im_start|> <|end_header_id|> {} a a a <|end_header_id|> a"
 _TRANSFORMER = {
     "in_channels": 4,
     "out_channels": 4,
@@ -139,7 +141,7 @@ ENTRIES = {
         {
             **_CALL,
             "prompt_template": {
-                "template": "<|im_start|> <|end_header_id|> <image> <|im_start|> <|end_header_id|> {} a a a <|end_header_id|> a",
+                "template": _IMAGE_TEMPLATE,
                 "crop_start": 5,
                 "image_emb_len": 4,
                 "image_emb_start": 2,

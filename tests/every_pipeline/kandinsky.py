@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
-from tiny_vaes import hunyuan_video_vae
+from tiny_vaes import hunyuan_video_vae, kandinsky6_sr_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {
@@ -107,12 +107,7 @@ def _kandinsky6_sr():
                     tile_sizes=((32, 32),),
                 )
             ),
-            vae=diffusers.Kandinsky6SRVAE(
-                latent_channels=4,
-                encoder_block_out_channels=(4, 8, 8),
-                decoder_block_out_channels=(4, 8, 8),
-                layers_per_block=1,
-            ),
+            vae=kandinsky6_sr_vae(),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
     )

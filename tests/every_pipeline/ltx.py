@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
 from tiny_vaes import ltx_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {
@@ -63,7 +63,8 @@ ENTRIES = {
     ),
     "LTXI2VLongMultiPromptPipeline": Entry(
         functools.partial(_made, "LTXI2VLongMultiPromptPipeline"),
-        {**_CALL, "decode_horizontal_tiles": 1, "decode_vertical_tiles": 1},
+        # Of its steps it leaves out the first.
+        {**_CALL, "num_inference_steps": 3, "decode_horizontal_tiles": 1, "decode_vertical_tiles": 1},
         {**_PROMPT, "cond_image": parts.image()},
     ),
 }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
 from tiny_vaes import ltx2_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {
@@ -21,10 +21,9 @@ _CALL = {
 }
 _GUIDED = {**_CALL, "spatio_temporal_guidance_blocks": [1]}  # the default is of the published model's 48
 _PROMPT = {"prompt": parts.TEXT}
-_CONDITIONS = "a row cannot bring objects of diffusers' condition classes"
 
 
-def _made(pipeline: str, audio: bool = True, own=None):
+def _made(pipeline: str, **changes):
     from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 
     torch.manual_seed(0)
@@ -72,6 +71,7 @@ def _made(pipeline: str, audio: bool = True, own=None):
                 caption_channels=8,
                 rope_double_precision=False,
                 rope_type="split",
+                **changes,
             ),
             vocoder=LTX2Vocoder(
                 in_channels=audio_vae.config.output_channels * audio_vae.config.mel_bins,
@@ -83,7 +83,6 @@ def _made(pipeline: str, audio: bool = True, own=None):
                 resnet_dilations=[[1, 3, 5]],
                 output_sampling_rate=16000,
             ),
-            **(own or {}),
         )
     )
 
@@ -115,22 +114,20 @@ ENTRIES = {
         functools.partial(_made, "LTX2ConditionPipeline"),
         _GUIDED,
         {**_PROMPT, "conditions": _video_condition()},
-        untrained=_CONDITIONS,
     ),
     "LTX2InContextPipeline": Entry(
         functools.partial(_made, "LTX2InContextPipeline"),
         _GUIDED,
         {**_PROMPT, "reference_conditions": _reference_condition(), "conditions": _video_condition()},
-        untrained=_CONDITIONS,
     ),
     "LTX2HDRPipeline": Entry(
         functools.partial(_made, "LTX2HDRPipeline"),
         _CALL,
         {**_PROMPT, "reference_conditions": _hdr_condition()},
-        untrained=_CONDITIONS,
+        fault="makes linear light without an upper bound, not frames in [0, 1]",
     ),
     "LTX2DFRPipeline": Entry(
-        functools.partial(_made, "LTX2DFRPipeline"),
+        functools.partial(_made, "LTX2DFRPipeline", use_keyframes_abs_pos_embedding=True),
         {key: _CALL[key] for key in ("height", "width", "num_frames", "max_sequence_length")} | {"sigmas": [1.0, 0.5]},
         _PROMPT,
     ),

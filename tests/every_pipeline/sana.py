@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import diffusers
 import numpy
+import tiny_parts as parts
 import torch
 from tiny_vaes import ltx2_vae, wan_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {
@@ -99,7 +97,7 @@ ENTRIES = {
             "guidance_scale": 3.0,
             "max_sequence_length": 16,
         },
-        {**_PROMPT, "image": parts.image(), "action": "w-8", "intrinsics": [16.0, 16.0, 8.0, 8.0]},
+        {**_PROMPT, "image": parts.image(), "action": "w-8", "intrinsics": numpy.array([16.0, 16.0, 8.0, 8.0])},
         targets=("qkv", "proj", "q_linear", "kv_linear"),
     ),
 }

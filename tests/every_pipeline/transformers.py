@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import torch
 from tiny_vaes import allegro_vae, image_vae, magvit_vae, mochi_vae, wan_vae
 
-from . import parts
 from .entry import Entry
 
 _CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0}
@@ -20,12 +20,13 @@ def _euler():
 
 
 def _allegro():
+    """Its tiles have 24 frames and more than 120 pixels a side, however small its networks are."""
     torch.manual_seed(0)
     return parts.frozen(
         diffusers.AllegroPipeline(
             tokenizer=parts.tokenizer(),
             text_encoder=parts.t5(),
-            vae=allegro_vae(),
+            vae=allegro_vae(tiles=False),
             transformer=diffusers.AllegroTransformer3DModel(
                 num_attention_heads=2,
                 attention_head_dim=12,
@@ -168,7 +169,9 @@ _EASYANIMATE = {**_CALL, "num_frames": 5, "negative_prompt": ""}  # without whic
 _MOTIF = {"height": 16, "width": 16, "num_inference_steps": 2, "num_frames": 5, "max_sequence_length": 16}
 
 ENTRIES = {
-    "AllegroPipeline": Entry(_allegro, {**_CALL, "num_frames": 8, "max_sequence_length": 16}, _PROMPT),
+    "AllegroPipeline": Entry(
+        _allegro, {**_CALL, "height": 128, "width": 128, "num_frames": 24, "max_sequence_length": 16}, _PROMPT
+    ),
     "LattePipeline": Entry(_latte, {**_CALL, "video_length": 4, "clean_caption": False}, _PROMPT),
     "MochiPipeline": Entry(_mochi, {**_CALL, "num_frames": 7, "max_sequence_length": 16}, _PROMPT),
     "EasyAnimatePipeline": Entry(functools.partial(_easyanimate, "EasyAnimatePipeline"), _EASYANIMATE, _PROMPT),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import tiny_parts as parts
 import tiny_pipelines
 import torch
 from tiny_vaes import wan_vae
 
-from . import parts
 from .entry import Entry
 
 _SIZE = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 3.0, "max_sequence_length": 16}

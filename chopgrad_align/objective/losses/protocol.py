@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...common.arguments import whole_number
 from ...common.errors import UsageError
+from ..reading import Reading
 from ..reward.frames import Frames, Random, frame_sampler
 
 
@@ -41,7 +42,10 @@ class _RegionLoss(nn.Module, ABC):
     """A loss with a weight for what lies inside and outside a mask."""
 
     has_map: ClassVar[bool] = True
-    """Whether errors have a place; if not, a mask can leave a region out but not weigh it."""
+    """True if errors have a place; if not, a mask can leave a region out but not weigh it."""
+
+    reading: ClassVar[Reading] = Reading("lower")
+    """The way people read its errors."""
 
     def __init__(self, inside: float, outside: float) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..reading import Reading
 from .protocol import FrameLoss
 
 _FLOOR = 1e-5  # of the mean squared difference; 50 dB
@@ -25,6 +26,7 @@ class PSNR(FrameLoss):
     """
 
     has_map = False
+    reading = Reading("higher", "dB", scale=-1.0, offset=50.0)  # PSNR itself, of at most 50 dB
 
     def error(self, frames: Tensor, target: Tensor) -> Tensor:
         mean = (frames - target).square().mean((1, 2, 3))

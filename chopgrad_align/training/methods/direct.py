@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.order import mix
 from ...decoding.backprop import Backprop
 from ...decoding.selected_frames import decode_selected_frames
 from ...objective.objective import Objective
@@ -18,6 +19,7 @@ from ...objective.statistics import Statistics
 from ...objective.terms import Reference
 from ...sampling.call_shape import frames_asked
 from ...sampling.predictions import Prediction, Sample
+from ...sampling.randomness import seeded_state
 from ...sampling.rollout import RolloutPart, rollout_parts
 from ...sampling.steps import StepPolicy
 from .base_distance import BaseDistance
@@ -53,6 +55,11 @@ class DirectGradient:
 
     def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
         """See `Method`."""
+        # Beside the scheduler's noise, which is of each video, what a decoder injects and the masks of dropout.
+        with seeded_state(mix(batch.steps_seed, *batch.seeds), self.pipe.device):
+            return self._accumulate(batch, statistics)
+
+    def _accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
         call = {**self.call, **batch.inputs}
         read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
         expected = frames_asked(call) or (batch.videos["target"].shape[1] if "target" in batch.videos else None)

@@ -1,4 +1,4 @@
-"""Components that several families share: text and image encoders, tokenizers, schedulers; images and clips of a row."""
+"""Components that tiny pipelines share: text and image encoders, tokenizers; pictures and clips for them."""
 
 from __future__ import annotations
 
