@@ -267,6 +267,13 @@ def test_several_videos_of_a_prompt_that_are_not_made(entry):
         rollout(pipe, **ENTRIES[entry].call, **ENTRIES[entry].row, num_videos_per_prompt=2)
 
 
+def test_several_videos_of_a_prompt_that_fail():
+    pipe, call = problem("WanImageToVideoPipeline", {})
+    with pytest.raises(UsageError, match=r"WanImageToVideoPipeline fails with num_videos_per_prompt=2 \(Sizes of tens"):
+        rollout(pipe, **call, num_videos_per_prompt=2)
+    assert everything_restored(pipe)
+
+
 @pytest.mark.parametrize("count", [3, 8])
 def test_cosmos_2_5_makes_any_number_of_frames(count):
     pipe, call = problem("Cosmos2_5_PredictBasePipeline", {"num_frames": count})

@@ -324,6 +324,7 @@ def test_a_held_out_score_that_is_not_finite_is_found_before_training(configure,
         train(configure(reward("Held")))
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context")  # of DEIS
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_first_step_without_any_gradient_is_said(configure, capsys, tmp_path, steps):
     """The last step of DEIS returns what the one before it made of the prediction."""

@@ -21,8 +21,8 @@ from .denoisers import denoisers_of
 from .outputs import expect_frames
 from .steps import StepPolicy, expect_step_policy, plan_of
 
-_VIDEOS = ("num_videos_per_prompt", "num_images_per_prompt")  # for each prompt, by one of these names
-_COUNTS = ("num_inference_steps", *FRAMES, "height", "width", *_VIDEOS, "max_sequence_length")
+VIDEOS = ("num_videos_per_prompt", "num_images_per_prompt")  # for each prompt, by one of these names
+_COUNTS = ("num_inference_steps", *FRAMES, "height", "width", *VIDEOS, "max_sequence_length")
 _PROMPTS = ("prompt", "negative_prompt")
 _SCHEDULES = ("timesteps", "sigmas")
 _STRENGTHS = ("denoise_strength", "strength")  # of pipelines that start from a video; the first that a call has
@@ -140,7 +140,7 @@ def _check_schedule(pipe: Any, call: Mapping[str, Any]) -> None:
 
 def _check_lengths(pipe: Any, call: Mapping[str, Any]) -> None:
     """Check that lists with an entry for each prompt, or each video, are as long as that of the prompts."""
-    key, each = next(((key, call[key]) for key in _VIDEOS if call.get(key)), (_VIDEOS[0], 1))
+    key, each = next(((key, call[key]) for key in VIDEOS if call.get(key)), (VIDEOS[0], 1))
     if each > 1 and re.search(rf"^ +{key} = 1$", inspect.getsource(inspect.unwrap(type(pipe).__call__)), re.MULTILINE):
         raise UsageError(
             f"rollout: {type(pipe).__name__} makes one video a prompt, whatever {key} says: leave it out, and repeat "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -12,7 +13,7 @@ from ..common.arguments import whole_number
 from ..common.errors import UsageError
 from ..decoding.backprop import Backprop, Exact
 from ..decoding.decode import decode
-from .call_checks import check_call
+from .call_checks import VIDEOS, check_call
 from .differentiable import Sampling, differentiable, performed
 from .gradient_steps import GradientSteps, Observe
 from .last_step import RecordedLastStep, RepeatedLastStep
@@ -86,9 +87,30 @@ def rollout(
     check_call(pipe, call_kwargs)
     if audio:
         expect_sound(pipe, call_kwargs)
-    parts = [*rollout_parts(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed, audio=audio)]
+    with _several_videos_in_words(pipe, call_kwargs):
+        parts = [*rollout_parts(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed, audio=audio)]
     video = _joined([part.video for part in parts])
     return (video, _joined([part.audio for part in parts if part.audio is not None])) if audio else video
+
+
+@contextmanager
+def _several_videos_in_words(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
+    """Raise a UsageError for what goes wrong in a call for several videos of a prompt, which many pipelines get wrong.
+
+    It is a mismatch of shapes in the first step, since they repeat the prompt and not the image or the history.
+    """
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        key = next((key for key in VIDEOS if (call.get(key) or 1) > 1), None)
+        if key is None:
+            raise
+        raise UsageError(
+            f"rollout: {type(pipe).__name__} fails with {key}={call[key]} ({error}); leave it out, and repeat the "
+            "prompt, or call it once for each video"
+        ) from error
 
 
 def _joined(clips: list[Tensor]) -> Tensor:
