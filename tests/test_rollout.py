@@ -172,6 +172,20 @@ def test_fewer_steps_than_the_schedule_has(count, monkeypatch):
     assert close(gradient(pipe, frames), gradient(pipe, kept))
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context")
+def test_the_last_step_of_deis_has_no_gradient(monkeypatch):
+    """It returns what the step before made of the prediction, which the trainer says."""
+    from diffusers import DEISMultistepScheduler
+
+    pipe, call = make("wan_euler")
+    pipe.scheduler = DEISMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    for count in (1, 2):
+        frames = rollout(pipe, LastSteps(count), **call, generator=generators())
+        kept = gradient(pipe, reference(pipe, 3 - count, monkeypatch, **call))
+        assert bool(kept.any()) == (count == 2)
+        assert close(gradient(pipe, frames), kept)
+
+
 def test_without_grad_is_the_plain_call():
     pipe, call = make("wan_unipc")
     with torch.no_grad():
