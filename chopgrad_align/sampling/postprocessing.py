@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .method_replacement import replaced
 
-
 _NORMALIZE = "adaptive_mean_std_normalization"  # of Kandinsky 5, which then writes into the tensor of the reference
 
 
