@@ -51,6 +51,7 @@ is listed.
 - **modes**: of `prediction.mode`; `one_step` and `denoise` start from latents that we make, in layouts that we know.
 - **LoRA loads by**: `diffusers` is `pipe.load_lora_weights`; where a class has none, it is `chopgrad_align.load_lora`.
   LoRA targets are {", ".join(f"`{target}`" for target in TARGETS)}, unless others are named.
+- **tested** with `last_steps` above 1: the steps after them have no length, and so no gradient.
 - **frames**, **sides**: what is made exactly, at the sizes of the published models; anything else is refused.
 """
 
@@ -130,7 +131,9 @@ def accepts(check: Callable[[], Any]) -> bool:
 def tested(entry: Entry) -> str:
     if entry.fault:
         return f"no: {entry.fault}"
-    return f"rollout; no run: {entry.untrained}" if entry.untrained else "yes"
+    if entry.untrained:
+        return f"rollout; no run: {entry.untrained}"
+    return f"yes, with `last_steps` of {entry.idle + 1} or more" if entry.idle else "yes"
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_rollout(name):
     expected = frames_of(pipe, pipe(**call_of(entry), output_type="pt"))
     assert expected.std() > 0.01
     seen = []
-    for last in (1, 2):
+    for last in (entry.idle + 1, entry.idle + 2):
         frames = rollout(pipe, LastSteps(last), **call_of(entry))
         assert torch.equal(frames, expected)
         kept = reference(pipe, entry, last)
@@ -253,6 +253,7 @@ def test_run(name, tmp_path):
         "data": {"train": str(tmp_path / "row.jsonl"), "held_out": str(tmp_path / "row.jsonl")},
         "rewards": {"colour": {"name": "colorfulness"}},
         "lora": {"rank": 2, "targets": entry.targets if isinstance(entry.targets, str) else [*entry.targets]},
+        "gradient": {"last_steps": entry.idle + 1},
         "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-3},
         "validation": {"pairs": 2, "videos": 1},
         "witnesses": dict.fromkeys(("motion", "flow", "flicker", "saturation", "contrast", "sharpness", "distance")),

@@ -212,7 +212,9 @@ def columns_read(pipe: Any, columns: Iterable[str], ignored: Collection[str] = (
     return read, unread
 
 
-def read_argument(name: str, value: Any, annotation: Any, folder: Path, several: bool = False) -> Argument:
+def read_argument(
+    name: str, value: Any, annotation: Any, folder: Path, several: bool = False, repeat: bool = True
+) -> Argument:
     """The argument that a cell holds.
 
     Args:
@@ -222,6 +224,7 @@ def read_argument(name: str, value: Any, annotation: Any, folder: Path, several:
         annotation: Of the argument; it tells text, numbers and pictures apart.
         folder: Paths are relative to it.
         several: Whether the call takes a list of videos.
+        repeat: Whether a picture stands for a video of it, where a video is expected; conditions have pictures too.
 
     Raises:
         UsageError: The cell holds something else.
@@ -290,7 +293,7 @@ def _records(cls: type, value: Any, folder: Path) -> Argument:
     for key in value:
         if key not in names:
             raise UsageError(f"{cls.__name__} has no {key!r}{nearest(key, names)}; it has: {', '.join(names)}")
-    return Record(cls, {key: read_argument(key, part, hints[key], folder) for key, part in value.items()})
+    return Record(cls, {key: read_argument(key, part, hints[key], folder, repeat=False) for key, part in value.items()})
 
 
 def _media(name: str, value: Any, words: set[str], folder: Path, several: bool) -> Argument:
@@ -308,7 +311,7 @@ def _media(name: str, value: Any, words: set[str], folder: Path, several: bool) 
     still = footage.seconds == math.inf
     if "image" in name and not name.endswith("images"):
         return Picture(footage)
-    if still and not _FRAMEWISE.fullmatch(name):
+    if still and not (repeat and _FRAMEWISE.fullmatch(name)):
         return Several((Picture(footage),)) if name.endswith("images") else Picture(footage)
     frames = Frames(footage, own_shape=name in _OWN_SHAPE or "image" in name)
     return Several((frames,)) if several else frames

@@ -134,11 +134,18 @@ def _cosmos3():
     )
 
 
+# Its schedule ends with the least noise level twice, so that the last step has no length.
+_IDLE = {"call": {**_CALL, "num_inference_steps": 3}, "idle": 1}
+
 ENTRIES = {
-    "CosmosTextToWorldPipeline": Entry(functools.partial(_cosmos1, "CosmosTextToWorldPipeline", 4), _CALL, _PROMPT),
-    "CosmosVideoToWorldPipeline": Entry(functools.partial(_cosmos1, "CosmosVideoToWorldPipeline", 5), _CALL, _VIDEO),
-    "Cosmos2VideoToWorldPipeline": Entry(_cosmos2, _CALL, _IMAGE),
-    "Cosmos2VideoToWorldPipeline/video": Entry(_cosmos2, _CALL, _VIDEO),
+    "CosmosTextToWorldPipeline": Entry(
+        functools.partial(_cosmos1, "CosmosTextToWorldPipeline", 4), row=_PROMPT, **_IDLE
+    ),
+    "CosmosVideoToWorldPipeline": Entry(
+        functools.partial(_cosmos1, "CosmosVideoToWorldPipeline", 5), row=_VIDEO, **_IDLE
+    ),
+    "Cosmos2VideoToWorldPipeline": Entry(_cosmos2, row=_IMAGE, **_IDLE),
+    "Cosmos2VideoToWorldPipeline/video": Entry(_cosmos2, row=_VIDEO, **_IDLE),
     "Cosmos2_5_PredictBasePipeline": Entry(
         functools.partial(_cosmos25, "Cosmos2_5_PredictBasePipeline"), _CALL, _PROMPT
     ),

@@ -20,6 +20,7 @@ class Entry:
         call: Arguments of its call that are the same for all videos: size, steps, guidance.
         row: Arguments that are a video's own: texts, PIL images, lists of them for videos.
         targets: Of a LoRA on its denoiser.
+        idle: Last steps of its sampler that change nothing, whatever is predicted in them.
         fault: Why no rollout of it has a gradient, in words for its users; empty if one has.
         untrained: Why no config trains it, though a rollout works; empty if one does.
     """
@@ -28,5 +29,6 @@ class Entry:
     call: Mapping[str, Any]
     row: Mapping[str, Any] = field(default_factory=dict)
     targets: Sequence[str] | str = TARGETS
+    idle: int = 0
     fault: str = ""
     untrained: str = ""

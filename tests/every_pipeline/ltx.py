@@ -59,7 +59,7 @@ ENTRIES = {
     "LTXConditionPipeline/video": Entry(
         functools.partial(_made, "LTXConditionPipeline"),
         {**_CALL, "num_inference_steps": 4, "denoise_strength": 0.5},
-        {**_PROMPT, "video": parts.clip(9)},
+        {**_PROMPT, "video": [parts.clip(5)]},
     ),
     "LTXI2VLongMultiPromptPipeline": Entry(
         functools.partial(_made, "LTXI2VLongMultiPromptPipeline"),
