@@ -123,10 +123,11 @@ def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
 
 
 class Simulation(FakeTensorMode):
-    """Fake tensors; but operations of real tensors alone stay real, as do `torch.linspace` and a single random number.
+    """Fake tensors; but what is made of real tensors alone, or of integers, stays real, as do `torch.linspace` and a
+    single random number.
 
-    So the tables of a scheduler, time steps, guidance scales and token masks have values, which pipelines branch on;
-    whatever a fake tensor takes part in is fake.
+    So the tables of a scheduler, time steps, guidance scales, tokens and their masks have values, which pipelines and
+    rewards branch on; whatever a fake tensor takes part in is fake.
     """
 
     def __init__(self) -> None:
@@ -136,7 +137,9 @@ class Simulation(FakeTensorMode):
         if FakeTensor not in types:
             given = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
             number = func.overloadpacket is torch.ops.aten.rand and list(args[0]) == []
-            if given or number or func.overloadpacket is torch.ops.aten.linspace:
+            dtype = (kwargs or {}).get("dtype")
+            counted = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+            if given or number or counted or func.overloadpacket is torch.ops.aten.linspace:
                 with unset_fake_temporarily():
                     return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
