@@ -510,7 +510,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 HALVES = """() => {
   const video = document.querySelector("video"), canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(video, 0, 0);
   return [0.25, 0.75].map((part) => context.getImageData(part * canvas.width, canvas.height / 2, 1, 1).data[0]);
 }"""
@@ -536,7 +536,7 @@ def test_the_page_in_chromium(chromium, tmp_path, width, scheme, motion):
     view = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme, "reduced_motion": motion}
     context = chromium.new_context(**view)
     page, faults, requests = context.new_page(), [], []
-    page.on("pageerror", faults.append)
+    page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text))
     page.on("request", lambda request: requests.append(request.url))
     page.goto(path.as_uri())
@@ -567,14 +567,15 @@ def test_the_page_in_chromium(chromium, tmp_path, width, scheme, motion):
     assert button.inner_text() == "Play all"
     button.click()
 
-    # What is out of sight waits; a single one can be held by its own controls.
+    # What is out of sight waits; a single one can be held, by its own controls and from the keyboard.
     page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
     page.wait_for_function(f"!({playing})[0]")
     page.locator("video").first.scroll_into_view_if_needed()
     page.wait_for_function(f"({playing})[0]")
     page.locator("video").first.hover()
     assert page.evaluate("document.querySelector('video').controls")
-    page.locator("video").first.click()
+    page.locator("video").first.focus()
+    page.keyboard.press("Space")
     page.wait_for_function(f"!({playing})[0]")
 
     picture = page.screenshot(path=tmp_path / "page.png", full_page=True)

@@ -83,7 +83,7 @@ def test_an_unwritable_place_is_refused_and_a_failure_leaves_the_old_file(tmp_pa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("chopgrad_align.data.video._encode", full)
+    monkeypatch.setattr("chopgrad_align.data.video.encode_video", full)
     with pytest.raises(UsageError, match="No space left"):
         write_video(path, torch.ones(2, 3, 16, 16), fps=8)
     assert path.read_bytes() == before
