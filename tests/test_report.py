@@ -418,7 +418,7 @@ def test_the_page_shows_witnesses_and_what_the_guard_remarked(tmp_path):
     (tmp_path / "heldout.json").write_text(json.dumps(scores))
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<li>motion fell to 0.67 of the base model&#39;s (bound 0.8) at step 6</li>" in html
-    assert "<li class=bad>Out of bounds: motion.</li>" in html
+    assert "<li class=bad>out of bounds: motion</li>" in html
     assert '0.67 ✗</td><td class="soft">≥ 0.8</td>' in html
     assert "<span>motion ×0.50</span>" in html
     assert "in the objective" in html
@@ -448,7 +448,7 @@ def test_a_run_that_was_killed_has_a_page_of_what_it_measured(tmp_path, monkeypa
     status, out, _ = run_script("report.py", monkeypatch, capsys, run)
     assert (status, out) == (0, f"look at {run}/report.html\n")
     html = (run / "report.html").read_text(encoding="utf-8")
-    assert "Step 23 of 90; held-out pairs were last measured at step 20." in html
+    assert "step 23 of 90; held-out pairs were last measured at step 20<" in html
     assert html.count("<video") == 4  # two pairs, and both through training
     assert re.findall(r"<span[^>]*>(\w+ ?\d*)<br>([\d.]+)</span>", html)[:3] == [
         ("Base", "1.000"),
