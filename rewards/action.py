@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import VideoMAEForVideoClassification, VideoMAEImageProcessor
 
 from chopgrad_align import UsageError, frame_sampler
 
-from .checkpoints import load_pretrained, loading
-from .whole_video import ResizeAndCrop, WholeVideoReward, evenly_spaced, recompute_blocks
+from .checkpoints import at, load_pretrained, loading
+from .precision import InFloat32
+from .preprocess import Preprocess
+from .whole_video import WholeVideoReward, evenly_spaced, recompute_blocks
 
 
 class Action(WholeVideoReward):
@@ -38,7 +39,7 @@ class Action(WholeVideoReward):
     def __init__(
         self,
         *,
-        checkpoint: str = "MCG-NJU/videomae-base-finetuned-kinetics",
+        checkpoint: str = "MCG-NJU/videomae-base-finetuned-kinetics@488eb9a0565f257b32866000305c8178965eb9f6",
         label: str | None = None,
         score: Literal["log_probability", "probability"] = "log_probability",
     ) -> None:
@@ -50,7 +51,8 @@ class Action(WholeVideoReward):
             f"action: checkpoint={checkpoint!r}", "hub id or folder of a transformers VideoMAEForVideoClassification"
         ):
             self.model = load_pretrained(VideoMAEForVideoClassification, checkpoint)
-            self.preprocess = ResizeAndCrop.of(VideoMAEImageProcessor.from_pretrained(checkpoint))
+            self.preprocess = Preprocess.of(VideoMAEImageProcessor.from_pretrained(**at(checkpoint)))
+        self.model.classifier = InFloat32(self.model.classifier)
         self.frames = frame_sampler(self.model.config.num_frames)
         recompute_blocks(self.model.videomae.encoder.layer)
         self.classes = {name.lower(): index for name, index in self.model.config.label2id.items()}
@@ -61,10 +63,9 @@ class Action(WholeVideoReward):
 
     def score_sample(self, frames: Tensor, prompt: str) -> Tensor:
         pixels = self.preprocess(frames[evenly_spaced(len(frames), self.model.config.num_frames)]).to(
-            self.model.classifier.weight.dtype
+            next(self.model.parameters()).dtype
         )
-        logits = self.model(pixels.unsqueeze(0)).logits[0]
-        log_probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        log_probability = self.model(pixels.unsqueeze(0)).logits[0].log_softmax(-1)
         score = log_probability[self._class(prompt)]
         return score if self.log else score.exp()
 

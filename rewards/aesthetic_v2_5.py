@@ -9,9 +9,11 @@ from transformers import SiglipModel
 from chopgrad_align import FrameReward, Frames
 
 from .checkpoints import load_pretrained, load_weights, loading, locate
+from .precision import InFloat32, wide
 from .preprocess import Preprocess
 
 _HEAD_FILE = "aesthetic_predictor_v2_5.pth"
+_COMMIT = "c0e15567fa61252cbff43d70c49a8bd27202ca9a"
 _HALF = (0.5, 0.5, 0.5)
 
 
@@ -36,8 +38,8 @@ class AestheticV25(FrameReward):
     def __init__(
         self,
         *,
-        siglip: str = "google/siglip-so400m-patch14-384",
-        head: str = f"https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/{_HEAD_FILE}",
+        siglip: str = "google/siglip-so400m-patch14-384@9fdffc58afc957d1a03a25b10dba0329ab15c2a3",
+        head: str = f"https://github.com/discus0434/aesthetic-predictor-v2-5/raw/{_COMMIT}/models/{_HEAD_FILE}",
         frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:
@@ -46,15 +48,16 @@ class AestheticV25(FrameReward):
             self.vision = load_pretrained(SiglipModel, siglip).vision_model
         side = self.vision.config.image_size
         self.preprocess = Preprocess(size=(side, side), resize="squash", mean=_HALF, std=_HALF)
-        self.head = _Head(self.vision.config.hidden_size)
+        head_layers = _Head(self.vision.config.hidden_size)
         expected = f"address, hub id, folder or path of {_HEAD_FILE}, for the same SigLIP model"
         with loading(f"aesthetic_v2_5: head={head!r}", expected):
-            load_weights(self.head, locate(head, _HEAD_FILE))
+            load_weights(head_layers, locate(head, _HEAD_FILE))
+        self.head = InFloat32(head_layers)
         self.requires_grad_(False).eval()
 
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        pixels = self.preprocess(frames).to(next(self.head.parameters()).dtype)
-        embedding = self.vision(pixel_values=pixels).pooler_output
+        pixels = self.preprocess(frames).to(next(self.vision.parameters()).dtype)
+        embedding = wide(self.vision(pixel_values=pixels).pooler_output)
         return self.head(F.normalize(embedding, dim=-1)).squeeze(-1)
 
 

@@ -8,27 +8,37 @@ from pathlib import Path
 from typing import Literal
 
 import open_clip
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chopgrad_align import FrameReward, Frames, UsageError
 from chopgrad_align.common.arguments import nearest
 
 from .checkpoints import HUB_ID, loading
-from .preprocess import Preprocess
+from .precision import wide
+from .preprocess import Preprocess, Resampling
 from .prompt_cache import PromptCache
+from .prompt_length import LengthWarning
 
 
 class ImageTextSimilarity(nn.Module):
     """Cosine similarity of frames and texts in an open_clip model, which must have weights.
 
     Args:
+        reward: The published name of who asks, for messages.
         model: Name of an open_clip architecture, `hf-hub:owner/name` or `local-dir:path`.
         pretrained: For an architecture: tag or file of its weights.
         resize: Overrides the resize mode of the model's own preprocessing.
+        resampling: As for `Preprocess`.
     """
 
     def __init__(
-        self, model: str, pretrained: str | None, resize: Literal["shortest", "longest", "squash"] | None = None
+        self,
+        reward: str,
+        model: str,
+        pretrained: str | None,
+        resize: Literal["shortest", "longest", "squash"] | None = None,
+        resampling: Resampling = "pil",
     ) -> None:
         super().__init__()
         self.model = open_clip.create_model(model, pretrained=pretrained, require_pretrained=True)
@@ -42,18 +52,23 @@ class ImageTextSimilarity(nn.Module):
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
             fill=config["fill_color"] / 255,
+            resampling=resampling,
         )
+        self._length = LengthWarning(reward, self.tokenizer.context_length)
         self._texts = PromptCache(self._encode_texts)
 
     def forward(self, frames: Tensor, prompts: list[str]) -> Tensor:
         """`(N, 3, H, W)` in [0, 1] and N texts -> `(N,)` in [-1, 1]."""
         weight = next(self.model.parameters())
-        image = self.model.encode_image(self.preprocess(frames).to(weight.dtype), normalize=True)
-        return (image * self._texts(prompts).to(image)).sum(-1)
+        image = wide(self.model.encode_image(self.preprocess(frames).to(weight.dtype), normalize=False))
+        return (F.normalize(image, dim=-1) * self._texts(prompts).to(image)).sum(-1)
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
+        if self._length.due:  # a text that fits leaves room for the padding of an empty one
+            empty, *ends = self.tokenizer(["", *texts], context_length=self._length.tokens + 1)[:, -1].tolist()
+            self._length.tell(sum(end != empty for end in ends), len(texts))
         tokens = self.tokenizer(texts).to(next(self.model.parameters()).device)
-        return self.model.encode_text(tokens, normalize=True)
+        return F.normalize(wide(self.model.encode_text(tokens, normalize=False)), dim=-1)
 
 
 class ClipScore(FrameReward):
@@ -89,7 +104,7 @@ class ClipScore(FrameReward):
         with loading(
             given, "a folder or hub id ('hf-hub:owner/name') in open_clip's format, or an architecture's name"
         ):
-            self.similarity = ImageTextSimilarity(name, pretrained)
+            self.similarity = ImageTextSimilarity("clip_score", name, pretrained)
         self.requires_grad_(False).eval()
 
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -16,7 +19,8 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from chopgrad_align import FrameReward, Frames, UsageError
 from chopgrad_align.common.arguments import nearest
 
-from .checkpoints import load_pretrained, loading
+from .checkpoints import at, load_pretrained, loading
+from .precision import InFloat32
 from .preprocess import Preprocess
 
 
@@ -82,11 +86,11 @@ class ObjectDetector(nn.Module):
         expected = "hub id or folder of a YOLOS or Grounding DINO model of transformers, with its processor"
         with loading(f"{reward}: checkpoint={checkpoint!r}", expected):
             families: dict[str, type[_Yolos | _GroundingDino]] = {"yolos": _Yolos, "grounding-dino": _GroundingDino}
-            kind = AutoConfig.from_pretrained(checkpoint).model_type
+            kind = AutoConfig.from_pretrained(**at(checkpoint)).model_type
             if kind not in families:
                 raise ValueError(f"its model type is {kind!r}")
             self.queries: _Yolos | _GroundingDino = families[kind](checkpoint, target, reward)
-            processor = AutoImageProcessor.from_pretrained(checkpoint)
+            processor = AutoImageProcessor.from_pretrained(**at(checkpoint))
         self.shortest, self.longest = processor.size["shortest_edge"], processor.size["longest_edge"]
         self.mean, self.std = tuple(processor.image_mean), tuple(processor.image_std)
 
@@ -94,7 +98,6 @@ class ObjectDetector(nn.Module):
         """`(N, 3, H, W)` in [0, 1] -> `(N,)`, at least float32."""
         pixels = self.preprocess(frames.shape[-2], frames.shape[-1])(frames)
         log_odds = self.queries(pixels.to(next(self.parameters()).dtype))
-        log_odds = log_odds.to(torch.promote_types(log_odds.dtype, torch.float32))
         return self.temperature * (log_odds / self.temperature).logsumexp(-1)
 
     def preprocess(self, height: int, width: int) -> Preprocess:
@@ -110,6 +113,7 @@ class _Yolos(nn.Module):
     def __init__(self, checkpoint: str, target: str, reward: str) -> None:
         super().__init__()
         self.model = load_pretrained(YolosForObjectDetection, checkpoint)
+        self.model.class_labels_classifier = InFloat32(self.model.class_labels_classifier)
         labels = self.model.config.label2id
         if target not in labels:
             hint = nearest(target, labels) or f": {', '.join(sorted(labels))}"
@@ -132,7 +136,8 @@ class _GroundingDino(nn.Module):
     def __init__(self, checkpoint: str, target: str, reward: str) -> None:
         super().__init__()
         self.model = load_pretrained(GroundingDinoForObjectDetection, checkpoint)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.model.class_embed[-1] = InFloat32(self.model.class_embed[-1])
+        tokenizer = AutoTokenizer.from_pretrained(**at(checkpoint))
         # Lower case, closed by a full stop: the form of the captions that it was trained on.
         text = target.strip().lower().rstrip(".") + "."
         self.tokens = dict(tokenizer([text], return_tensors="pt"))
@@ -140,4 +145,16 @@ class _GroundingDino(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Log-odds `(N, queries)`."""
         tokens = {name: ids.to(pixels.device).expand(len(pixels), -1) for name, ids in self.tokens.items()}
-        return self.model(pixel_values=pixels, **tokens).logits.amax(-1)
+        with _Attached():
+            return self.model(pixel_values=pixels, **tokens).logits.amax(-1)
+
+
+class _Attached(TorchFunctionMode):
+    """A context in which `detach` cuts nothing.
+
+    transformers' Grounding DINO detaches the queries that it picks and the boxes between the layers of its decoder, as
+    it is trained; the gradient would then not be that of the score.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if function is Tensor.detach else function(*args, **(kwargs or {}))

@@ -8,6 +8,7 @@ from chopgrad_align import FrameReward, Frames, UsageError
 
 from .checkpoints import loading, locate
 from .clip_score import ImageTextSimilarity
+from .preprocess import Resampling
 
 _FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
 
@@ -18,12 +19,17 @@ class HPSv2(FrameReward):
     The score is the cosine similarity of frame and prompt, unscaled as in the official `hpsv2.score`: in [-1, 1],
     in practice about 0.2 to 0.35. Preprocessing is the official one: the longest side to 224 (bicubic), black padding
     around the centre, OpenAI's mean and deviation. (Squashing frames to a square, as often done, gives other scores.)
+    The official code resizes a tensor of floats, so that the overshoot of bicubic edges stays, beyond 0 and 1. With
+    torchvision 0.17 and later it does so antialiased; with earlier ones, among them those of its publication, it
+    skipped pixels.
 
     Args:
         version: `"v2.1"`, trained on better data, or `"v2.0"`, the default of the `hpsv2` package.
         checkpoint: Hub id or local folder with the official file (`HPS_v2.1_compressed.pt`, `HPS_v2_compressed.pt`), or
             that file: open_clip weights under the key `state_dict`, read with `weights_only=True`.
         model: The open_clip architecture of the weights.
+        antialias: True for the scores that the official code gives today; False for those that it gave with torchvision
+            before 0.17, on frames that are larger than 224 pixels.
         frames, frames_per_chunk: As for `FrameReward`.
 
     Raises:
@@ -34,8 +40,9 @@ class HPSv2(FrameReward):
         self,
         *,
         version: str = "v2.1",
-        checkpoint: str = "xswu/HPSv2",
+        checkpoint: str = "xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a",
         model: str = "ViT-H-14",
+        antialias: bool = True,
         frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:
@@ -45,7 +52,8 @@ class HPSv2(FrameReward):
         expected = f"hub id, folder or path of the official {_FILES[version]}, weights of open_clip's {model}"
         with loading(f"hps_v2: checkpoint={checkpoint!r}", expected):
             path = locate(checkpoint, _FILES[version])
-            self.similarity = ImageTextSimilarity(model, str(path), resize="longest")
+            resampling: Resampling = "tensor" if antialias else "aliased"
+            self.similarity = ImageTextSimilarity("hps_v2", model, str(path), "longest", resampling)
         self.requires_grad_(False).eval()
 
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:

@@ -11,8 +11,10 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from chopgrad_align import FrameReward, Frames
 
 from .aesthetic import Head
-from .checkpoints import fill_weights, loading, locate, read_weights
+from .checkpoints import at, fill_weights, loading, locate, read_weights
+from .precision import InFloat32
 from .preprocess import Preprocess
+from .prompt_length import CuttingTokenizer
 
 _WEIGHTS, _TEXT_CONFIG = "ImageReward.pt", "med_config.json"
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores in the authors' data
@@ -51,8 +53,8 @@ class ImageReward(FrameReward):
     def __init__(
         self,
         *,
-        checkpoint: str = "THUDM/ImageReward",
-        tokenizer: str = "google-bert/bert-base-uncased",
+        checkpoint: str = "THUDM/ImageReward@5736be03b2652728fb87788c9797b0570450ab72",
+        tokenizer: str = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594",
         frames: Frames = None,
         frames_per_chunk: int = 8,
     ) -> None:
@@ -68,11 +70,12 @@ class ImageReward(FrameReward):
             text_config = json.loads(locate(checkpoint, _TEXT_CONFIG).read_text())
             self.vision = BlipVisionModel(vision_config)
             self.text = BlipTextModel(_text_config(text_config, vision_config.hidden_size), add_pooling_layer=False)
-            self.head = Head(self.text.config.hidden_size)
-            for module, weights in ((self.vision, vision), (self.text, text), (self.head, _part(state, "mlp."))):
+            head = Head(self.text.config.hidden_size)
+            for module, weights in ((self.vision, vision), (self.text, text), (head, _part(state, "mlp."))):
                 fill_weights(module, weights, path)
+        self.head = InFloat32(head)
         with loading(f"image_reward: tokenizer={tokenizer!r}", "hub id or folder of a BERT tokenizer"):
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            self.tokenizer = CuttingTokenizer(AutoTokenizer.from_pretrained(**at(tokenizer)), "image_reward", _TOKENS)
         side = self.vision.config.image_size
         self.preprocess = Preprocess(size=(side, side))
         self.requires_grad_(False).eval()
@@ -80,8 +83,7 @@ class ImageReward(FrameReward):
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
         weight = self.vision.embeddings.class_embedding
         image = self.vision(pixel_values=self.preprocess(frames).to(weight.dtype)).last_hidden_state
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=_TOKENS, return_tensors="pt")
-        tokens = tokens.to(weight.device)
+        tokens = self.tokenizer(prompts, padding=True).to(weight.device)
         output = self.text(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], encoder_hidden_states=image
         )

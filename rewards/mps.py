@@ -12,9 +12,11 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from chopgrad_align import FrameReward, Frames, UsageError
 
-from .checkpoints import fill_weights, loading, locate, read_weights
+from .checkpoints import at, fill_weights, loading, locate, read_weights
+from .precision import wide
 from .preprocess import Preprocess
 from .prompt_cache import PromptCache
+from .prompt_length import CuttingTokenizer
 
 _OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
@@ -52,7 +54,7 @@ class MPS(FrameReward):
         self,
         *,
         checkpoint: str = "RE-N-Y/mpsv1",
-        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c",
         condition: str = _OVERALL,
         frames: Frames = None,
         frames_per_chunk: int = 8,
@@ -61,8 +63,9 @@ class MPS(FrameReward):
         if not condition.strip():
             raise UsageError(f"mps: condition={condition!r}: expected words, e.g. 'light, color, tone, style'")
         with loading(f"mps: processor={processor!r}", "hub id or folder of a CLIPModel's config.json and tokenizer"):
-            config = CLIPConfig.from_pretrained(processor)
-            self.tokenizer = AutoTokenizer.from_pretrained(processor)
+            config = CLIPConfig.from_pretrained(**at(processor))
+            tokenizer = AutoTokenizer.from_pretrained(**at(processor))
+        self.tokenizer = CuttingTokenizer(tokenizer, "mps", config.text_config.max_position_embeddings)
         with loading(f"mps: checkpoint={checkpoint!r}", "hub id, folder or path of MPS's tensors (model.safetensors)"):
             path = locate(checkpoint, "model.safetensors")
             state = {_name(key): value for key, value in read_weights(path).items()}
@@ -71,7 +74,7 @@ class MPS(FrameReward):
             self.model, self.cross_model = CLIPModel(config), _cross_model(state)
             fill_weights(self, state, path)
         side = config.vision_config.image_size
-        self.preprocess = Preprocess(size=(side, side))
+        self.preprocess = Preprocess(size=(side, side), odd="down")
         self.condition = condition
         self._texts = PromptCache(self._encode_texts, capacity=256)  # every word has features: 0.3 MB a prompt
         self.requires_grad_(False).eval()
@@ -85,13 +88,12 @@ class MPS(FrameReward):
             related = (words @ condition.T).amax(-1)  # (N, T)
             mask = (related / related.amax(-1, keepdim=True) > _RELATED)[:, None, None]  # (N, 1, 1, T)
         patches = self.cross_model(patches, words, mask)
-        similarity = F.cosine_similarity(patches[:, 0], prompt[:, 0], dim=-1)
-        return self.model.logit_scale.exp() * similarity
+        similarity = F.cosine_similarity(wide(patches[:, 0]), wide(prompt[:, 0]), dim=-1)
+        return wide(self.model.logit_scale).exp() * similarity
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         """The feature of the whole text, then those of its words and padding `(n, 1 + T, D)`."""
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer(texts, padding="max_length")
         output = self.model.text_model(input_ids=tokens["input_ids"].to(self.model.logit_scale.device))
         return self.model.text_projection(torch.cat([output.pooler_output[:, None], output.last_hidden_state], 1))
 

@@ -12,8 +12,10 @@ from transformers import VJEPA2Model, VJEPA2VideoProcessor
 from chopgrad_align import frame_sampler
 from chopgrad_align.common.arguments import whole_number
 
-from .checkpoints import load_pretrained, loading
-from .whole_video import ResizeAndCrop, WholeVideoReward, recompute_blocks
+from .checkpoints import at, load_pretrained, loading
+from .precision import wide
+from .preprocess import Preprocess
+from .whole_video import WholeVideoReward, recompute_blocks
 
 # Blocks, and the share of a frame's patches in each: V-JEPA's short-range and long-range masks.
 _MASKS = ((8, 0.15), (2, 0.7))
@@ -48,14 +50,18 @@ class TemporalConsistency(WholeVideoReward):
     """
 
     def __init__(
-        self, *, checkpoint: str = "facebook/vjepa2-vitl-fpc64-256", frames: int | None = None, seed: int = 0
+        self,
+        *,
+        checkpoint: str = "facebook/vjepa2-vitl-fpc64-256@b3c1679b7c34d3255ef3547f27c7b226aefab26f",
+        frames: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         with loading(
             f"temporal_consistency: checkpoint={checkpoint!r}", "hub id or folder of a transformers VJEPA2Model"
         ):
             self.model = load_pretrained(VJEPA2Model, checkpoint)
-            self.preprocess = ResizeAndCrop.of(VJEPA2VideoProcessor.from_pretrained(checkpoint))
+            self.preprocess = Preprocess.of(VJEPA2VideoProcessor.from_pretrained(**at(checkpoint)))
         config = self.model.config
         self.tubelet = config.tubelet_size
         frames = config.frames_per_clip if frames is None else whole_number("temporal_consistency: frames", frames)
@@ -74,8 +80,8 @@ class TemporalConsistency(WholeVideoReward):
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
         encoder = self.model.encoder
         pixels = self.preprocess(frames).unsqueeze(0)
-        target = encoder(pixels).last_hidden_state
-        target = F.layer_norm(target, target.shape[-1:])
+        features = encoder(pixels).last_hidden_state
+        target = F.layer_norm(wide(features), features.shape[-1:])
         patches = encoder.embeddings(pixels)
         errors = []
         for mask in self.hidden:
@@ -86,9 +92,9 @@ class TemporalConsistency(WholeVideoReward):
                 context = block(context, seen.unsqueeze(0))[0]
             context = encoder.layernorm(context)
             # The predictor picks its context out of all patches by their numbers.
-            context = torch.zeros_like(target).index_copy(1, seen, context)
+            context = torch.zeros_like(features).index_copy(1, seen, context)
             predicted = self.model.predictor(context, [seen.unsqueeze(0)], [hidden.unsqueeze(0)]).last_hidden_state
-            errors.append((predicted - target[:, hidden]).abs().mean())
+            errors.append((wide(predicted) - target[:, hidden]).abs().mean())
         return -torch.stack(errors).mean()
 
 

@@ -10,9 +10,12 @@ from transformers import AutoTokenizer, VideoMAEImageProcessor, XCLIPModel
 
 from chopgrad_align import FrameSampler
 
-from .checkpoints import load_pretrained, loading
+from .checkpoints import at, load_pretrained, loading
+from .precision import wide
+from .preprocess import Preprocess
 from .prompt_cache import PromptCache
-from .whole_video import ResizeAndCrop, WholeVideoReward, recompute_blocks
+from .prompt_length import CuttingTokenizer
+from .whole_video import WholeVideoReward, recompute_blocks
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ class VideoClip(WholeVideoReward):
         super().__init__()
         with loading(f"video_clip: checkpoint={checkpoint!r}", "hub id or folder of a transformers XCLIPModel"):
             self.model = load_pretrained(XCLIPModel, checkpoint)
-            self.preprocess = ResizeAndCrop.of(VideoMAEImageProcessor.from_pretrained(checkpoint))
-            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+            self.preprocess = Preprocess.of(VideoMAEImageProcessor.from_pretrained(**at(checkpoint)))
+            tokenizer = AutoTokenizer.from_pretrained(**at(checkpoint))
+        length = self.model.config.text_config.max_position_embeddings
+        self.tokenizer = CuttingTokenizer(tokenizer, "video_clip", length)
         recompute_blocks(self.model.vision_model.encoder.layers)
         self.count = self.model.config.vision_config.num_frames
         self.frames = PartCentres(self.count)
@@ -66,11 +71,10 @@ class VideoClip(WholeVideoReward):
         patches = model.prompts_visual_layernorm(output.last_hidden_state[:, 1:]) @ model.prompts_visual_projection
         text = self._texts([prompt]).to(video).unsqueeze(0)
         text = text + model.prompts_generator(text, patches.mean(0, keepdim=True))
-        return F.cosine_similarity(video[0], text[0, 0], dim=-1).squeeze(0)
+        return F.cosine_similarity(wide(video[0]), wide(text[0, 0]), dim=-1).squeeze(0)
 
     def _encode_texts(self, prompts: list[str]) -> Tensor:
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer(prompts, padding=True)
         device = self.model.text_projection.weight.device
         tokens = {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
         return self.model.get_text_features(**tokens).pooler_output

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import math
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,8 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from chopgrad_align import FrameSampler, UsageError
 
-from .checkpoints import loading, locate, read_weights
+from .checkpoints import at, loading, locate, read_weights
+from .precision import InFloat32
 from .preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from .whole_video import WholeVideoReward, recompute_blocks
 
@@ -26,6 +29,7 @@ _DIMENSIONS: tuple[Dimension, ...] = ("VQ", "MQ", "TA")
 _TOKENS = [f"<|{dimension}_reward|>" for dimension in _DIMENSIONS]
 _VIDEO_TOKEN = "<|video_pad|>"
 _TEMPLATE = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
+_PINNED = {"Qwen/Qwen2-VL-2B-Instruct": "Qwen/Qwen2-VL-2B-Instruct@895c3a49bc3fa70a340399125c650a463535e71c"}
 _MIN_PIXELS = 128 * 28 * 28  # of a frame after resizing; the upper bound is in the checkpoint's settings
 _MIN_FRAMES, _MAX_FRAMES = 4, 768
 # The settings that this file implements, which are those of the published checkpoint.
@@ -40,9 +44,12 @@ _SETTINGS: dict[str, dict[str, object]] = {
 class AtRate(FrameSampler):
     """An even number of evenly spaced frames: `share` of a video's, 4 at least if there are as many, 768 at most."""
 
-    share: float
+    share: float | None
+    """None: not known, an error."""
 
     def indices(self, total: int, seed: int = 0) -> list[int]:
+        if self.share is None:
+            raise UsageError("video_reward: how many frames a second have the videos? Give fps=… as an argument")
         if total < 2:
             raise UsageError(f"VideoReward: expected a video of 2 frames or more, got {total}")
         most = min(_MAX_FRAMES, total) // 2 * 2
@@ -72,9 +79,10 @@ class VideoReward(WholeVideoReward):
     it was trained, then counts so, unlike later versions.
 
     Args:
-        fps: Frames a second of the videos to score, which the frame sampling depends on.
-        template: Path of the official `prompt_template.py`, which holds the instructions; it is read, not run. It is
-            at github.com/KlingAIResearch/VideoAlign.
+        fps: Frames a second of the videos to score, which the frame sampling depends on. None: those of the file, where
+            files are scored; training must give them.
+        template: Path of a file of the form of the official `prompt_template.py`, with other instructions; it is read,
+            not run. None: the official instructions, which come with this package.
         checkpoint: Hub id or local folder with `model_config.json` and `file`.
         file: Weights in there.
         base: Hub id or local folder of Qwen2-VL, of which the configuration, tokenizer and chat template are read; None
@@ -89,20 +97,23 @@ class VideoReward(WholeVideoReward):
     def __init__(
         self,
         *,
-        fps: float,
-        template: str,
-        checkpoint: str = "KlingTeam/VideoReward",
+        fps: float | None = None,
+        template: str | None = None,
+        checkpoint: str = "KlingTeam/VideoReward@4f26600130683e6f1de9f5d463887f28e8ef995c",
         file: str = "checkpoint-11352/model.pth",
         base: str | None = None,
         dimensions: tuple[Dimension, ...] | list[Dimension] = _DIMENSIONS,
     ) -> None:
         super().__init__()
-        if fps <= 0:
+        if fps is not None and fps <= 0:
             raise UsageError(f"video_reward: fps={fps!r}: expected the frames a second of the videos, above 0")
         if not dimensions or not set(dimensions) <= set(_DIMENSIONS) or len(set(dimensions)) != len(dimensions):
             raise UsageError(f"video_reward: dimensions={dimensions!r}: expected some of {', '.join(_DIMENSIONS)}")
-        with loading(f"video_reward: template={template!r}", "the official prompt_template.py"):
-            self.template = _read_template(Path(template).expanduser())
+        if template is None:
+            self.template = files(__package__).joinpath("videoalign", "instructions.txt").read_text(encoding="utf-8")
+        else:
+            with loading(f"video_reward: template={template!r}", "a file like the official prompt_template.py"):
+                self.template = _read_template(Path(template).expanduser())
         self.dimensions = [_DIMENSIONS.index(dimension) for dimension in dimensions]
 
         expected = f"hub id or folder with model_config.json and {file}, as published"
@@ -115,9 +126,10 @@ class VideoReward(WholeVideoReward):
             statistics = settings["inference_config"]
             self.mean, self.std = ([statistics[f"{d}_{s}"] for d in _DIMENSIONS] for s in ("mean", "std"))
         base = settings["model_config"]["model_name_or_path"] if base is None else base
+        base = _PINNED.get(base, base)
         with loading(f"video_reward: base={base!r}", "hub id or folder of the Qwen2-VL that the checkpoint is made of"):
-            self.processor: Any = Qwen2VLProcessor.from_pretrained(base)
-            config = Qwen2VLConfig.from_pretrained(base)
+            self.processor: Any = Qwen2VLProcessor.from_pretrained(**at(base))
+            config = Qwen2VLConfig.from_pretrained(**at(base))
             self.processor.tokenizer.add_tokens(_TOKENS, special_tokens=True)
             config.text_config.vocab_size = len(self.processor.tokenizer)  # of the base it is larger, for round numbers
             loaded: Any = Qwen2VLModel.from_pretrained(
@@ -126,12 +138,21 @@ class VideoReward(WholeVideoReward):
             self.model, info = loaded
             if info["missing_keys"] or info["mismatched_keys"]:
                 raise ValueError(f"weights do not fit: {sorted(info['missing_keys'] | info['mismatched_keys'])[0]}")
-        self.head = nn.Linear(head.shape[1], head.shape[0], bias=False)
-        self.head.weight = nn.Parameter(head)
+        linear = nn.Linear(head.shape[1], head.shape[0], bias=False)
+        linear.weight = nn.Parameter(head)
+        self.head = InFloat32(linear)
         self.max_pixels = settings["data_config"]["max_frame_pixels"]
-        self.frames = AtRate(settings["data_config"]["fps"] / fps)
+        self.rate = settings["data_config"]["fps"]
+        self.frames = AtRate(None if fps is None else self.rate / fps)
         recompute_blocks(self.model.visual.blocks, self.model.language_model.layers)
         self.requires_grad_(False).eval()
+
+    def at_fps(self, fps: float) -> VideoReward:
+        if self.frames != AtRate(None):
+            return self
+        told = copy.copy(self)  # with the same weights
+        told.frames = AtRate(self.rate / fps)
+        return told
 
     def score_sample(self, frames: Tensor, prompt: str) -> Tensor:
         patches, grid = self.patchify(frames)
@@ -140,7 +161,7 @@ class VideoReward(WholeVideoReward):
         hidden = self.model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions,
-            pixel_values_videos=patches.to(self.head.weight.dtype),
+            pixel_values_videos=patches.to(next(self.parameters()).dtype),
             video_grid_thw=grid.to(frames.device).unsqueeze(0),
             use_cache=False,
         ).last_hidden_state[0]
@@ -149,7 +170,6 @@ class VideoReward(WholeVideoReward):
         if found.sum() != len(special):
             raise UsageError(f"video_reward: the prompt {prompt!r} contains one of the special tokens {_TOKENS}")
         raw = self.head(hidden[found]).squeeze(-1)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         scores = (raw - raw.new_tensor(self.mean)) / raw.new_tensor(self.std)
         return scores[self.dimensions].sum()
 

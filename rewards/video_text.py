@@ -21,15 +21,12 @@ WAVES = 4
 
 
 class SpaceTimeBlock(nn.Module):
-    """A convolution in space that makes frames smaller, then a residual one in time: R(2+1)D (Tran et al., "A Closer
+    """A convolution in space that halves frames, then a residual one in time: R(2+1)D (Tran et al., "A Closer
     Look at Spatiotemporal Convolutions for Action Recognition", arXiv 1711.11248) with GroupNorm and GELU."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        kernel = 2 * stride - 1
-        self.space = nn.Conv3d(
-            inputs, outputs, (1, kernel, kernel), stride=(1, stride, stride), padding=(0, stride - 1, stride - 1)
-        )
+        self.space = nn.Conv3d(inputs, outputs, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
         self.norm = nn.GroupNorm(8, outputs)
         self.time = nn.Conv3d(outputs, outputs, (3, 1, 1), padding=(1, 0, 0))
         self.time_norm = nn.GroupNorm(8, outputs)
@@ -103,7 +100,7 @@ class VideoTextModel(nn.Module):
     def __init__(self, *, size: int, widths: list[int], points: int, width: int, vocabulary: int, length: int) -> None:
         super().__init__()
         self.size, self.length = size, length
-        self.blocks = nn.ModuleList(map(SpaceTimeBlock, [3, *widths], widths, [4] + [2] * len(widths)))
+        self.blocks = nn.ModuleList(map(SpaceTimeBlock, [3, *widths], widths))
         self.points = KeyPoints(widths[-2], points)
         self.to_frame = nn.Linear(widths[-1] + 4 * points, width)
         self.frames = transformer_layer(width)

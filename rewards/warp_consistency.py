@@ -46,6 +46,7 @@ class WarpConsistency(PairReward):
     ) -> None:
         super().__init__(weights=weights, model=model, updates=updates, pairs_per_chunk=pairs_per_chunk)
         self.detach_flow = detach_flow
+        self.exact_gradient = not detach_flow
 
     def score_pairs(self, frames: Tensor) -> Tensor:
         first, second = frames[:-1], frames[1:]

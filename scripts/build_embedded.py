@@ -35,7 +35,7 @@ STAGES = {
     "vae": (train_vae, 2400),
     "decoder": (train_decoder, 300),
     "reward": (train_reward, 1000),
-    "video_reward": (train_video_reward, 800),
+    "video_reward": (train_video_reward, 1600),
     "latents": (encode_latents, 8000),
     "denoiser": (train_denoiser, 8000),
     "finer": (train_finer_denoiser, 2800),

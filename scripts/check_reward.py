@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("reward", help="a published name, package.module:Class or path/to/file.py:Class")
     parser.add_argument(
-        "--video", type=cli.name, metavar="FILE", help="default: a clip of 17 frames of 64x64, made by a formula"
+        "--video", type=cli.name, metavar="FILE", help="default: a clip of 9 frames of 64x64, made by a formula"
     )
     parser.add_argument("--prompt", help="default: what that clip shows")
     parser.add_argument("--other-prompt", default="a blue square on the grass", help="for the second sample of a batch")
@@ -27,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_usage_error():
         from chopgrad_align.evaluation.check_reward import clip, examine
         from chopgrad_align.evaluation.loading import reward_on_device
+        from chopgrad_align.objective.reward.protocol import at_fps
 
-        video, prompt = clip(args.video, args.prompt)
+        video, prompt, fps = clip(args.video, args.prompt)
         reward, device = reward_on_device(args.reward, args.arguments, args.device)
+        reward = at_fps(reward, fps)
         for what, found in examine(reward, args.reward, video.to(device), [prompt, args.other_prompt]):
             print(f"{what:<20}{found}", flush=True)
 

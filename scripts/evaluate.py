@@ -5,10 +5,10 @@
         --metrics psnr lpips warping_error:raft fvd:videomae:MCG-NJU/videomae-base --count 20 --out evaluation
     python scripts/evaluate.py --pred restored --target originals --out evaluation
 
-The clips are those of `data.held_out` of the config. A method is a run's folder or its LoRA. Baselines: `input`, the
-degraded video (brought to the target's size by bicubic interpolation), `base`, the model without a LoRA, and `target`,
-the target itself, which shows what a perfect result would get. Without a config, videos of folders are compared by
-their names.
+The clips are those of `data.held_out` of the config. A method is a run's folder, or that of its LoRA or trained
+modules. Baselines: `input`, the degraded video (brought to the target's size by bicubic interpolation), `base`, the
+model without a LoRA, and `target`, the target itself, which shows what a perfect result would get. Without a config,
+videos of folders are compared by their names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ METRICS = ["psnr", "ssim", "warping_error", "relative_warping_error", "flicker"]
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--config", metavar="FILE", help="of a training run whose data are clips")
-    parser.add_argument("--method", action="append", default=[], metavar="NAME=PATH", help="a run, or a LoRA")
+    parser.add_argument("--method", action="append", default=[], metavar="NAME=PATH", help="a run, or its lora/")
+    parser.add_argument("--partial", action="store_true", help="leave out what of a LoRA does not fit the model")
     parser.add_argument("--baseline", nargs="*", choices=BASELINES, help="default: input and base")
     parser.add_argument("--pred", action="append", default=[], metavar="[NAME=]FOLDER", help="of videos; with --target")
     parser.add_argument("--target", type=cli.path, metavar="FOLDER", help="of videos with the same names")
@@ -116,7 +117,9 @@ def _from_config(
     clips = HeldOutClips(config, args.count)
     models: dict[str, Path | None] = {"base": None} if "base" in baselines else {}
     models |= loras
-    methods = {"input": input_video, "target": target_video} | (restorers(config, models) if models else {})
+    methods = {"input": input_video, "target": target_video} | (
+        restorers(config, models, args.partial) if models else {}
+    )
     return {name: methods[name] for name in [*baselines, *loras]}, clips, len(clips)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chopgrad_align.common import command_line as cli
-from chopgrad_align.common.errors import UsageError, exit_on_usage_error
+from chopgrad_align.common.errors import UsageError, exit_on_usage_error, located
 from chopgrad_align.data.prompts import Condition, read_conditions
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SCALE",
         help="below 1: between the base model and the tuned one, if that went too far (default: 1)",
     )
+    parser.add_argument("--partial", action="store_true", help="leave out what of the LoRA does not fit the model")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="may be repeated")
     what.add_argument(
@@ -88,7 +89,8 @@ def generate(args: argparse.Namespace) -> None:
     if existing and not args.overwrite:
         raise UsageError(f"{existing[0]} exists; choose another --out, or allow it with --overwrite")
 
-    from chopgrad_align.training.lora import load_lora, lora_file
+    from chopgrad_align.training.lora import load_lora
+    from chopgrad_align.training.lora_files import lora_file, open_lora
     from chopgrad_align.training.models import check_model, check_pipeline, load_pipeline, read_pipeline
     from chopgrad_align.training.modules import MODULES_NAME, load_modules
 
@@ -103,17 +105,22 @@ def generate(args: argparse.Namespace) -> None:
     lora = lora_file(adapter) if adapter and not modules else None
     if args.lora_scale is not None and not math.isfinite(args.lora_scale):
         raise UsageError(f"--lora-scale {args.lora_scale}: expected a number, such as 0.6")
+    if lora:
+        open_lora(lora)
     if args.lora_scale is not None and lora is None:
         raise UsageError(f"--lora-scale {args.lora_scale}: there is no LoRA; give --run or --lora too")
 
     import torch
-    from diffusers.utils import load_image
     from tqdm import tqdm
 
     from chopgrad_align.data.video import write_video
     from chopgrad_align.sampling.initial_noise import starting_from
+    from chopgrad_align.sampling.outputs import frames_of
     from chopgrad_align.sampling.predictions.latents import frame_axis
+    from chopgrad_align.sampling.randomness import seeded
+    from chopgrad_align.sampling.rollout import check_call
     from chopgrad_align.training.batches import call_inputs
+    from chopgrad_align.training.bound_conditions import bind
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config:
@@ -125,20 +132,26 @@ def generate(args: argparse.Namespace) -> None:
     if modules:
         load_modules(pipe, modules)
     if lora:
-        load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale)
+        load_lora(pipe, lora, scale=1.0 if args.lora_scale is None else args.lora_scale, partial=args.partial)
     call = _call_arguments(pipe, defaults, args)
     noise = config.model.initial_noise() if config else None
-    for index, (condition, path) in enumerate(zip(conditions, tqdm(paths, unit="video"), strict=True)):
+    rows = bind(pipe, conditions, config.data.ignore if config else ()).rows
+    for row in (row for row in rows if row.constants):
+        with located(row.condition.place):
+            check_call(pipe, {**call, **row.constants})
+    for index, (row, path) in enumerate(zip(rows, tqdm(paths, unit="video"), strict=True)):
+        condition = row.condition
         pipe.set_progress_bar_config(desc=path.stem, leave=False)
         told = config.data.captions().told(condition.prompt) if config else condition.prompt
-        inputs = call_inputs(pipe, [told], [args.seed + index])
+        seed = args.seed + index if condition.seed is None else condition.seed
+        inputs = call_inputs(pipe, [told], [seed])
         if condition.negative_prompt is not None:
             inputs["negative_prompt"] = condition.negative_prompt
-        if condition.image:
-            inputs["image"] = load_image(str(condition.image))
+        inputs |= row.inputs(pipe, call)
         try:
-            with nullcontext() if noise is None else starting_from(pipe, noise, frame_axis(pipe)):
-                video = pipe(**{**call, **inputs}, output_type="pt").frames[0]
+            start = nullcontext() if noise is None else starting_from(pipe, noise, frame_axis(pipe))
+            with start, seeded(pipe, inputs["generator"], seed):
+                video = frames_of(pipe, pipe(**{**call, **inputs}, output_type="pt"))[0]
         except (ValueError, TypeError) as error:  # diffusers checks a call's arguments, and only those, with these
             raise UsageError(f"{type(pipe).__name__} refuses the call: {error}") from error
         write_video(path, video, fps if args.fps is None else args.fps)

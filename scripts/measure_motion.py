@@ -26,9 +26,11 @@ from tqdm import tqdm
 from chopgrad_align import Reward, load_config, load_lora, load_reward
 from chopgrad_align.common.errors import UsageError, exit_on_usage_error
 from chopgrad_align.data import procedural
+from chopgrad_align.data.order import mix
 from chopgrad_align.data.prompts import read_prompts
 from chopgrad_align.evaluation.heldout import paired
 from chopgrad_align.evaluation.sheet import contact_sheet
+from chopgrad_align.sampling.randomness import seeded
 from chopgrad_align.training.batches import call_inputs, held_out_seed
 from chopgrad_align.training.models import load_pipeline
 
@@ -81,7 +83,9 @@ def sample(pipe: Any, call: dict[str, Any], prompts: list[str], title: str) -> l
     for start in tqdm(range(0, len(prompts), 8), desc=title, leave=False):
         chosen = prompts[start : start + 8]
         seeds = [held_out_seed(start + i) for i in range(len(chosen))]
-        videos += pipe(**call | call_inputs(pipe, chosen, seeds), output_type="pt").frames
+        inputs = call | call_inputs(pipe, chosen, seeds)
+        with seeded(pipe, inputs["generator"], mix(*seeds)):
+            videos += pipe(**inputs, output_type="pt").frames
     return videos
 
 

@@ -4,8 +4,8 @@
         --reward hps_v2 --gpu 40GiB lora.rank=32 gradient.last_steps=2
     python scripts/plan.py --config configs/wan2.1_t2v_1.3b_hps.yaml --gpu 80GiB model.call.num_frames=81
 
-It runs one training step of the real code on tensors without data, and counts their storage. Exit status 1: nothing
-fits.
+It runs one training step of the real code on tensors without data, and counts their storage. Without --gpu the run is
+counted as it is. Exit status 1: nothing fits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="a published name; may be repeated (default: colorfulness, which needs next to nothing)",
     )
     parser.add_argument("--config", metavar="FILE", help="plan for this run instead of --model and what goes with it")
-    parser.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the card, such as 24GiB")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", help="memory of the card, such as 24GiB (default: nothing is changed to fit one)"
+    )
     parser.add_argument(
         "--margin",
         default="1.5GiB",
@@ -54,19 +56,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.disable(logging.WARNING)  # the model libraries', about weights that are not there
     warnings.simplefilter("ignore")
     with exit_on_usage_error():
-        gpu, margin = _bytes("--gpu", args.gpu), _bytes("--margin", args.margin)
-        if margin >= gpu:
+        gpu, margin = args.gpu and _bytes("--gpu", args.gpu), _bytes("--margin", args.margin)
+        if gpu and margin >= gpu:
             raise UsageError(f"--margin={args.margin} leaves nothing of --gpu={args.gpu}")
+        if args.json and not gpu:
+            raise UsageError("--json is of a search for a setting that fits: give --gpu too")
         given = _given(args)
 
         from diffusers.utils import logging as diffusers_logging
 
         from chopgrad_align.planner import config_of, make_plan
-        from chopgrad_align.planner.report import in_json, in_words
+        from chopgrad_align.planner.report import as_it_is, in_json, in_words, table
+        from chopgrad_align.planner.simulate import simulate
         from chopgrad_align.training.config_file import load_config
 
         diffusers_logging.disable_progress_bar()
         config = config_of(given, args.overrides) if given else load_config(args.config, args.overrides)
+        if not gpu:
+            figures = simulate(config)
+            print(f"{table(figures)}\n\nas it is: {as_it_is(figures)}")
+            return
         plan = make_plan(config, gpu - margin, trying=_say)
     if args.json:
         print(json.dumps(in_json(plan, given, args.overrides), indent=2))

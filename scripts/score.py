@@ -5,7 +5,8 @@
     python scripts/score.py --reward clip_score --csv clips.csv frames=8
 
 A table has the columns `video` (a path relative to the table) and `prompt`; a video `a.mp4` may have its prompt in
-`a.txt` beside it. The result has the columns video, prompt, score and error. Status 1: some videos could not be read.
+`a.txt` beside it. The result has the columns video, prompt, score and error. Status 1: some videos could not be read,
+or their score is no number.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="of the reward")
     args = parser.parse_intermixed_args(arguments)
     with exit_on_usage_error():
-        unreadable = run(args)
-    if unreadable:
+        unscored = run(args)
+    if unscored:
         raise SystemExit(1)
 
 
 def run(args: argparse.Namespace) -> int:
-    """How many videos could not be read."""
+    """Number of videos without a score that is a number."""
     from tqdm import tqdm
 
     from chopgrad_align.evaluation.loading import reward_on_device
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             file.flush()  # what is scored stays, whatever comes
             results.append(scored)
     print(summary(results), file=sys.stderr)
-    return sum(scored.score is None for scored in results)
+    return sum(bool(scored.reason) for scored in results)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def pieces_of(decoder: Decoder | Tiled, latents: Tensor) -> int:
 def tiling_of(vae: Any, decoder: Decoder | Tiled, latents: Tensor) -> str:
     try:
         vae.enable_tiling()
-    except NotImplementedError:
+    except (AttributeError, NotImplementedError):
         return "none"
     tiled = decoder_of(vae, latents, **arguments(vae, latents))
     if kind_of(tiled) == kind_of(decoder):

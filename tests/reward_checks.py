@@ -1,9 +1,26 @@
 """What holds for every reward on frames. `make` constructs one, with small weights, from arguments of `FrameReward`."""
 
 import torch
-from tiny_rewards import PROMPTS, video_of
+from tiny_rewards import ODD_SIZES, PROMPTS, pil, video_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from chopgrad_align.objective.reward import check_reward
+
+
+def check_scores_are_official(reward, official, exact_size, rounded, rtol=1e-5):
+    """Compare scores of frames of many sizes with `official(images, texts)`.
+
+    They are equal at `exact_size`, where nothing is resized; elsewhere within `rounded` times the deviation of the
+    official scores.
+    """
+    videos = [video_of(*size, frames=1) for size in (exact_size, *ODD_SIZES)]
+    images = [pil(frame) for video in videos for frame in video[:, 0]]
+    expected = official(images, PROMPTS * len(videos)).view(len(videos), -1)
+    scores = torch.stack([reward(video, PROMPTS) for video in videos])
+    torch.testing.assert_close(scores[0], expected[0], rtol=rtol, atol=1e-5)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(scores, expected, rtol=rtol, atol=1e-5 + rounded * float(expected.std()))
 
 
 def check_every_prompt_scores_its_own_video(make, reads_prompts):
@@ -28,15 +45,33 @@ def check_gradient_reaches_every_frame(make, name):
     check_reward(reward, name, prompts=PROMPTS[:2])
 
 
-def check_gradient_equals_finite_differences(make, rtol=1e-4):
-    reward = make().double()
-    video = video_of(24, 40, batch=2, frames=1).double().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(video, PROMPTS[:2]).sum(), video)
-    direction = torch.randn(video.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    # Inside [0, 1] and away from the kinks of the clamp that follows the resize.
-    with torch.no_grad():
-        above, below = (reward(video + sign * 1e-7 * direction, PROMPTS[:2]).double().sum() for sign in (1, -1))
-    torch.testing.assert_close((gradient * direction).sum(), (above - below) / 2e-7, rtol=rtol, atol=1e-6)
+class Float64(TorchDispatchMode):
+    """A context in which float32 is float64: what models compute in float32, whatever the type of their weights."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def check_gradient_equals_finite_differences(reward, prompts, frames, size=(24, 40)):
+    """Compare the gradient with central differences along random directions, all in float64."""
+    generator = torch.Generator().manual_seed(0)
+    # Inside [0, 1]: bicubic edges that overshoot are cut, where the score has kinks.
+    video = 0.1 + 0.8 * video_of(*size, batch=len(prompts), frames=frames).double()
+    reward = reward.double()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # also of tensors made from nothing
+    try:
+        with Float64():
+            leaf = video.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(reward(leaf, prompts).sum(), leaf)
+            for _ in range(3):
+                direction = torch.randn(video.shape, generator=generator, dtype=torch.float64)
+                with torch.no_grad():
+                    above, below = (reward(video + sign * 1e-8 * direction, prompts).sum() for sign in (1, -1))
+                torch.testing.assert_close((gradient * direction).sum(), (above - below) / 2e-8, rtol=1e-4, atol=1e-7)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def check_frozen_and_castable(reward, size, tolerance):

@@ -10,6 +10,7 @@ from chopgrad_align import UsageError
 from chopgrad_align.data.prompts import Condition, read_conditions
 from chopgrad_align.objective.objective import Objective
 from chopgrad_align.training.batches import PromptBatches
+from chopgrad_align.training.bound_conditions import bind
 from chopgrad_align.training.captions import Captions
 from chopgrad_align.training.run import train
 
@@ -23,11 +24,13 @@ class TakesNoNegative:
 
 
 def batches(training=TRAINING, **options):
-    return PromptBatches(tiny_pipelines.wan_t2v(), Objective(), training, HELD_OUT, 3, 7, **options)
+    pipe = tiny_pipelines.wan_t2v()
+    rows = [bind(pipe, conditions).rows for conditions in (training, HELD_OUT)]
+    return PromptBatches(pipe, Objective(), *rows, 3, 7, **options)
 
 
 def test_prompts_are_told_with_a_trigger_or_left_out():
-    made = batches(captions=Captions("sks style,", 0.4), negative_prompt="ugly")
+    made = batches(captions=Captions("sks style,", 0.4), call={"negative_prompt": "ugly"})
     told = {}
     for step in range(20):
         batch = made.micro_batch(step, range(3))
@@ -46,11 +49,11 @@ def test_prompts_are_told_with_a_trigger_or_left_out():
 
 
 def test_without_negative_prompts_the_call_keeps_its_own():
-    made = batches([Condition("a"), Condition("b")], negative_prompt="ugly")
+    made = batches([Condition("a"), Condition("b")], call={"negative_prompt": "ugly"})
     assert "negative_prompt" not in made.micro_batch(0, range(2)).inputs
     assert made.texts(1) == [{"prompt": "held out"}, *({"prompt": prompt} for prompt in made.prompts(1)[1:])]
     with pytest.raises(UsageError, match="TakesNoNegative takes no negative prompts"):
-        PromptBatches(TakesNoNegative(), Objective(), TRAINING, HELD_OUT, 3, 7)
+        bind(TakesNoNegative(), TRAINING)
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["fresh", "fixed"])

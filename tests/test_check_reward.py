@@ -9,11 +9,11 @@ from torch import nn
 
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.data.video import write_video
-from chopgrad_align.evaluation.check_reward import ascent, clip, examine, finite_differences, measure
+from chopgrad_align.evaluation.check_reward import _unlike, ascent, clip, examine, finite_differences, measure
 from chopgrad_align.objective.reward import FrameReward, SampledReward
 
 PROMPTS = ["a red star", "a blue square"]
-CLIP, CAPTION = clip(None, None)
+CLIP, CAPTION, _ = clip(None, None)
 
 
 def mean(video):
@@ -44,7 +44,8 @@ def found(reward):
 )
 def test_good_rewards(reward, frames):
     report = found(reward)
-    labels = ["clip", "score", "contract", "gradient", "memory", "time", "frames that fit", "finite differences"]
+    labels = ["clip", "score", "contract", "gradient", "black, grey, white"]
+    labels += ["memory", "time", "frames that fit", "finite differences"]
     assert list(report) == labels
     assert report["clip"] == "9 frames of 64x64 on cpu"
     assert frames in report["gradient"]
@@ -87,36 +88,113 @@ class Dropout(nn.Module):
         return mean(nn.functional.dropout(video))
 
 
-def prompt_of_the_first(video, prompts):
-    return mean(video) * len(prompts[0])
+class RunningMean:
+    """Scores relative to what it has seen."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, video, prompts):
+        self.seen.append(mean(video).mean().item())
+        return mean(video) - sum(self.seen) / len(self.seen)
+
+
+class Motion:
+    """Mean change between frames: the same forwards, backwards and mirrored."""
+
+    def __call__(self, video, prompts):
+        return video.diff(dim=1).square().mean((1, 2, 3, 4))
+
+
+def spread(video):
+    return video.flatten(1).var(1)
 
 
 def half_detached(video, prompts):
     return mean(video[:, :, :, :32].detach()) * 0.5 + mean(video[:, :, :, 32:]) * 0.5
 
 
-@pytest.mark.parametrize(
-    ("reward", "reason"),
-    [
-        (lambda v, p: mean(v)[:, None], r"scores of shape \(2, 1\) for a batch of 2, expected \(2,\): one score"),
-        (lambda v, p: mean(v.detach()), r"has no gradient: .*remove no_grad, detach"),
-        (lambda v, p: mean(v - v).sqrt(), r"gradient that is not finite"),
-        (prompt_of_the_first, r"score sample b against prompts\[b\] .* look for prompts\[0\]"),
-        (lambda v, p: mean(v).softmax(0), r"whatever else is in the batch"),
-        (Dropout(), r"not a function of its arguments: the same videos scored .* eval mode"),
-        (lambda v, p: mean(v[:, ::4]), r"reads 0-8 of 9 frames, .* zero in 1-3, 5-7: derive it from FrameReward or"),
-        (FirstFrame(), r"reads 0-8 of 9 frames, .* zero in 1-8: look for detach, or for a choice of frames inside"),
-        (Unasked(frames="first"), r"says that it reads frames 0 of 9, but its gradient reaches 1-8 too: leave the"),
-        (lambda v, p: mean(WrongBackward.apply(v)), r"not that of its score: .* \(relative error 4.3e-01\).*exact"),
-        (half_detached, r"gradient that is not that of its score"),
-        (lambda v, p: mean(v + 0.3 * (10 * v).round()), r"gradient that is not that of its score"),
-    ],
-)  # fmt: skip
-def test_the_reason_why_a_reward_is_broken(reward, reason):
+def darkens(video, prompts):
+    with torch.no_grad():
+        video.mul_(0.5)
+    return mean(video)
+
+
+def sorts(video, prompts):
+    prompts.sort()
+    return mean(video)
+
+
+def seeds(video, prompts):
     torch.manual_seed(0)
-    with pytest.raises(UsageError, match=rf"^reward 'mine' .*{reason}") as caught:
+    return mean(video)
+
+
+BROKEN = {
+    "column": (lambda v, p: mean(v)[:, None], r"scores of shape \(2, 1\) for a batch of 2, expected \(2,\): one score"),
+    "number": (lambda v, p: mean(v).mean().item(), r"returned a float .*, expected a tensor \(2,\)"),
+    "whole": (lambda v, p: (mean(v) * 255).long(), r"returned torch.int64 scores, expected floating point"),
+    "detached": (lambda v, p: mean(v.detach()), r"has no gradient: .*remove no_grad, detach"),
+    "eightbit": (lambda v, p: mean((v * 255).byte().float()), r"has no gradient: "),
+    "constant": (lambda v, p: 0 * mean(v) + 1, r"is constant: its gradient is zero in every pixel of sample 0"),
+    "infinite": (lambda v, p: mean(v) / 0, r"is not finite"),
+    "nan_gradient": (lambda v, p: mean(v - v).sqrt(), r"gradient that is not finite"),
+    "nan_black": (lambda v, p: mean(v) / v.amax((1, 2, 3, 4)), r"score that is not finite on a black video.*epsilon"),
+    "nan_grey": (lambda v, p: spread(v).sqrt(), r"gradient that is not finite on a black video"),
+    "one_prompt": (lambda v, p: mean(v) * len(p[0]), r"score sample b against prompts\[b\] .* look for prompts\[0\]"),
+    "mirrored": (lambda v, p: mean(v).flip(0), r"whatever else is in the batch"),
+    "mirrored_motion": (lambda v, p: Motion()(v, p).flip(0), r"whatever else is in the batch"),
+    "mirrored_offset": (lambda v, p: 100 + mean(v).flip(0), r"whatever else is in the batch"),
+    "coupled": (lambda v, p: mean(v).softmax(0), r"whatever else is in the batch"),
+    "coupled_gradient": (
+        lambda v, p: mean(v) + mean(v).sum() - mean(v).sum().detach(),
+        r"gradient of the first differs from the one that it has alone",
+    ),
+    "scaled": (lambda v, p: mean(v / v.max()), r"whatever else is in the batch"),
+    "in_place": (darkens, r"changes the video that it is given"),
+    "in_place_prompts": (sorts, r"changes the prompts that it is given"),
+    "seeding": (seeds, r"draws from torch's global random numbers, or seeds them"),
+    "random": (lambda v, p: mean(v) + 0.1 * torch.rand(len(v)), r"global random numbers"),
+    "dropout": (Dropout(), r"global random numbers.*eval mode"),
+    "stateful": (RunningMean(), r"not a function of its arguments: the same videos scored .* call to call"),
+    "strided": (
+        lambda v, p: mean(v[:, ::4]),
+        r"reads 0-8 of 9 frames, .* zero in 1-3, 5-7: derive it from FrameReward or",
+    ),
+    "first": (
+        FirstFrame(),
+        r"reads 0-8 of 9 frames, .* zero in 1-8: look for detach, or for a choice of frames inside",
+    ),
+    "unasked": (
+        Unasked(frames="first"),
+        r"says that it reads frames 0 of 9, but its gradient reaches 1-8 too: leave the",
+    ),
+    "wrong_backward": (
+        lambda v, p: mean(WrongBackward.apply(v)),
+        r"not that of its score: .* \(relative error 4.\de-01\).*exact",
+    ),
+    "half_detached": (half_detached, r"gradient that is not that of its score"),
+    "rounded": (lambda v, p: mean(v + 0.3 * (10 * v).round()), r"gradient that is not that of its score"),
+    "threshold": (lambda v, p: mean(0.1 * v + (v > 0.4).to(v)), r"gradient that is not that of its score"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_the_reason_why_a_reward_is_broken(kind):
+    reward, reason = BROKEN[kind]
+    with pytest.raises(UsageError, match=rf"^reward 'mine' .*({reason})") as caught:
         found(reward)
     assert "\n" not in str(caught.value)
+
+
+def test_the_two_samples_are_unlike():
+    """Else a reward that swaps scores would not be seen."""
+    samples = torch.stack([0.1 + 0.8 * CLIP, _unlike(CLIP)])
+    for symmetric in (mean, spread, lambda v: Motion()(v, None), lambda v: v.amax((1, 2, 3, 4))):
+        first, second = symmetric(samples)
+        assert abs(first - second) > 0.1 * first
+    assert samples[1].min() >= 0.15
+    assert samples[1].max() <= 0.7
 
 
 class Rounded(FrameReward):
@@ -184,7 +262,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert status == 0
     printed = printed.splitlines()
     assert printed[0] == "clip                5 frames of 64x64 on cpu"
-    assert len(printed) == 8
+    assert len(printed) == 9
 
     (tmp_path / "broken.py").write_text("def make():\n    return lambda video, prompts: video.mean()\n")
     status, _, error = run_script("check_reward.py", monkeypatch, capsys, f"{tmp_path}/broken.py:make")

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import yaml
 
 from chopgrad_align import LastSteps, RandomLast
 from chopgrad_align.common.errors import UsageError
@@ -16,7 +17,7 @@ from chopgrad_align.training.config import Gradient
 from chopgrad_align.training.config_file import load_config, to_yaml
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 LEAST = """
 run: {folder: runs/least}
@@ -62,12 +63,100 @@ def test_a_shipped_config_is_complete_and_opens_with_its_launch_command(path, tm
 def test_prompts_of_a_shipped_config_are_there_and_the_held_out_ones_are_others(path):
     data = load_config(path).data
     if data.clips is not None or data.train.startswith("data/"):  # the user's own clips or first frames
-        assert "yours to bring" in path.read_text() or "make_clips.py" in path.read_text()
+        texts = [file.read_text() for file in (path, *bases_of(path))]
+        assert any("yours to bring" in text or "make_clips.py" in text for text in texts)
         return
     train, held_out = ({c.prompt for c in read_conditions(file)} for file in (data.train, data.held_out))
     assert len(train) >= 64
     assert len(held_out) >= 32
     assert not train & held_out
+
+
+def read(path):
+    """What a file itself says, and the files that it extends."""
+    tree = yaml.safe_load(path.read_text())
+    bases = tree.pop("extends", [])
+    return tree, [path.parent / base for base in ([bases] if isinstance(bases, str) else bases)]
+
+
+def bases_of(path):
+    for base in read(path)[1]:
+        yield from bases_of(base)
+        yield base
+
+
+def leaves(tree, *path):
+    if isinstance(tree, dict) and tree:
+        return {key: value for name, part in tree.items() for key, value in leaves(part, *path, name).items()}
+    return {path: tree}
+
+
+def merged(path):
+    """The leaves of a file and of all that it extends; none of them may say again what is already there."""
+    tree, bases = read(path)
+    found = {}
+    for base in bases:
+        part = merged(base)
+        assert not (again := {".".join(key) for key in part if found.get(key, ...) == part[key]}), (path, base, again)
+        found |= part
+    again = {".".join(key) for key, value in leaves(tree).items() if found.get(key, ...) == value}
+    assert not again, f"{path} repeats {again}"
+    return found | leaves(tree)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_nothing_in_a_shipped_config_is_written_twice(path):
+    merged(path)
+
+
+def test_a_config_extends_others(tmp_path, least):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "first.yaml").write_text("extends: ../least.yaml\nlora: {rank: 2, alpha: 3.0}\n")
+    (tmp_path / "base" / "second.yaml").write_text("lora: {rank: 4}\ndata: {train: '${configs:prompts/train.txt}'}\n")
+    path = tmp_path / "own.yaml"
+    path.write_text("extends: [base/first.yaml, base/second.yaml]\nlora: {targets: [to_q]}\ntrain: {steps: 5}\n")
+    config = load_config(path, ["train.batch_size=2"])
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (4, 3.0, ["to_q"])
+    assert (config.train.steps, config.train.batch_size) == (5, 2)
+    assert (config.run.folder, config.data.held_out) == ("runs/least", "b.txt")
+    assert config.data.train == str(ROOT / "configs" / "prompts" / "train.txt")
+    written = to_yaml(config)
+    assert "extends" not in written
+    assert read_back(config, tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("absent.yaml", r"own\.yaml extends .*absent\.yaml, which is not there"),
+        ("own.yaml", r"in a circle: own\.yaml → own\.yaml"),
+        ("there.yaml", r"in a circle: own\.yaml → there\.yaml → own\.yaml"),
+        ("3", r"extends: expected a file or a list of files, got 3"),
+        ("{a: b}", r"extends: expected a file or a list of files, got"),
+        ("[wrong.yaml]", r"wrong\.yaml must be a mapping"),
+    ],
+    ids=["absent", "itself", "circle", "number", "section", "list"],
+)
+def test_a_base_that_cannot_be_extended_is_one_line(tmp_path, extends, message):
+    (tmp_path / "there.yaml").write_text("extends: own.yaml\n")
+    (tmp_path / "wrong.yaml").write_text("- 1\n")
+    path = tmp_path / "own.yaml"
+    path.write_text(f"extends: {extends}\n{LEAST}")
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_page_of_configs_is_made_from_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import list_configs
+
+    assert list_configs.PAGE.read_text() == list_configs.page()
+    for path in CONFIGS:
+        header = list_configs.header(path)
+        published = load_config(path).model.name.count("/") == 1
+        assert header.text
+        assert not published or "https://" in header.sources or "https://" in header.text, path.stem
 
 
 def read_back(config, folder):
@@ -207,7 +296,7 @@ def test_a_wrong_file_is_one_line(tmp_path, text, message):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     with pytest.raises(
-        UsageError, match=r"^no config file no/such.yaml; in configs/ there are cog.*, embedded.yaml, .*, svd"
+        UsageError, match=r"^no config file no/such.yaml; in configs/ there are anim.*, embedded.yaml, .*, svd"
     ):
         load_config("no/such.yaml")
     path = tmp_path / "bytes.yaml"

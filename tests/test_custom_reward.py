@@ -18,7 +18,7 @@ TUTORIAL = (ROOT / "docs" / "custom_reward.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
 TINY = [
     *("train.steps=2", "train.batch_size=2", "train.micro_batch=2", "validation.pairs=2", "validation.videos=2"),
-    *("model.call.num_frames=5", "model.call.num_inference_steps=2", "gradient.last_steps=2"),
+    *("model.call.num_frames=5", "model.call.num_inference_steps=2", "gradient.steps.args.count=2"),
 ]
 
 
@@ -60,7 +60,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(extra, tmp_path, monkeypat
 
     run = tmp_path / "runs" / "warm"
     for row in rows(run):
-        assert {"warm/score", "warm/value", "clip/score"} <= row.keys()
+        assert {"warm/score", "warm/value", "video/score"} <= row.keys()
         assert row["skipped"] == 0
     assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert len((tmp_path / "warmth.csv").read_text().splitlines()) == 1 + len(list((run / "samples/after").iterdir()))

@@ -94,6 +94,7 @@ WHOLE = {  # one of each kind, and what a setting changes
     "magvit": Case("magvit_vae", (1, 4, 4, 4, 3)),
     "magvit, norms over time": Case("magvit_vae", (1, 4, 4, 4, 3), {"spatial_group_norm": False}),
     "kvae": Case("kvae_video_vae", (1, 4, 7, 2, 2)),
+    "kandinsky6": Case("kandinsky6_sr_vae", (1, 4, 7, 2, 2)),
     "svd": Case("temporal_vae", (3, 4, 4, 3), decode_kwargs={"num_frames": 3}),
     "images": Case("image_vae", (3, 4, 4, 3)),
 }
@@ -119,6 +120,8 @@ SHAPES = {
     "magvit, one frame": Case("magvit_vae", (2, 4, 1, 4, 3)),
     "kvae, one frame": Case("kvae_video_vae", (2, 4, 1, 2, 2)),
     "kvae, a rest of one frame": Case("kvae_video_vae", (1, 4, 6, 2, 2)),
+    "kandinsky6, one frame": Case("kandinsky6_sr_vae", (2, 4, 1, 2, 2)),
+    "kandinsky6, a rest of one frame": Case("kandinsky6_sr_vae", (1, 4, 6, 2, 2)),
 }
 TILES = {
     "wan2.1": Case("wan_vae", (1, 4, 2, 4, 3), tiling=strided((12, 8), (8, 4))),

@@ -153,6 +153,6 @@ def test_the_main_job(tmp_path):
     assert result.p_value < 0.01
     assert scores["remarks"] == []
     printed = {line.split()[0] for line in done.stdout.splitlines() if line}
-    assert {"motion", "flow", "flicker", "saturation", "contrast", "sharpness", "distance", "video"} <= printed
+    assert {"motion", "flow", "flicker", "saturation", "contrast", "sharpness", "distance", "clip"} <= printed
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "report.html", "lora/pytorch_lora_weights.safetensors"):
         assert (tmp_path / "run" / name).is_file()

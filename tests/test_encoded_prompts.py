@@ -125,6 +125,29 @@ def test_embeddings_that_do_not_stack_are_refused_before_training():
         encode_prompts(pipe, {"prompt": PROMPTS[0]}, TEXTS, Cache(), CPU)
 
 
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "single"])
+def test_embeddings_of_different_lengths(masked):
+    """With a mask they are padded; without one they do for calls of one prompt, as of Latte."""
+    pipe = tiny_pipelines.wan_t2v()
+
+    class LongerForLonger(type(pipe)):
+        def __call__(self, prompt):
+            self.encode_prompt(prompt)
+            self.prepare_latents()
+
+    def encode(prompt):
+        return torch.ones(1, len(prompt), 4), torch.ones(1, len(prompt), dtype=torch.bool) if masked else None
+
+    pipe.__class__, pipe.encode_prompt = LongerForLonger, encode
+    assert encode_prompts(pipe, {"prompt": PROMPTS[0]}, TEXTS, Cache(), CPU, stacked=masked)
+    texts = [text["prompt"] for text in TEXTS]
+    assert all(torch.equal(pipe.encode_prompt(text)[0], encode(text)[0]) for text in texts)
+    if masked:
+        embeds, mask = pipe.encode_prompt(texts)
+        assert mask.sum(1).tolist() == [len(text) for text in texts]
+        assert torch.equal(embeds, mask[..., None].expand_as(embeds).float())
+
+
 def test_a_lost_embedding_is_named(tmp_path):
     pipe = tiny_pipelines.wan_t2v()
     encode_prompts(pipe, call_of("wan_t2v"), TEXTS, Cache(tmp_path), CPU)

@@ -612,7 +612,8 @@ def test_a_config_with_its_held_out_clips(folders, monkeypatch, capsys):
 
     asked = []
 
-    def restorers(config, loras):
+    def restorers(config, loras, partial):
+        assert not partial
         asked.append((config, loras))
         return {name: input_video if lora is None else better for name, lora in loras.items()}
 

@@ -98,6 +98,19 @@ def test_the_video_is_the_pipelines_own_and_the_lora_changes_it(generate, model,
     assert (plain / name).read_bytes() != (adapted / name).read_bytes()
 
 
+def test_a_seed_is_a_video_by_a_stochastic_scheduler_too(generate, model, lora, written, tmp_path):
+    config = tiny_runs.config(
+        tmp_path, model, "model.scheduler={stochastic_sampling: true, name: FlowMatchEulerDiscreteScheduler}"
+    )
+    shutil.copytree(lora, tmp_path / "run" / "lora")
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    for out, seed in (("a", 7), ("b", 7), ("c", 8)):
+        generate("--run", tmp_path / "run", "--prompt", PROMPTS[0], "--seed", seed, "--out", tmp_path / out)
+    first, again, other = (video for _, video, _ in written)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def the_runs_pipeline(model, lora, vae):
     """By diffusers alone; of the files, whose weights lie in memory as the script's do, so that sums round alike."""
     pipe = WanPipeline.from_pretrained(model, dtype={"default": torch.float32, "vae": vae})
@@ -229,4 +242,4 @@ def test_an_empty_prompt_file_and_a_lora_of_another_model(generate, model, lora,
     for folder, weights in [(tmp_path / "svd", lora), (model, cut)]:
         with pytest.raises(SystemExit, match="2"):
             generate("--model", folder, "--prompt", "a", "--lora", weights, "--out", tmp_path / "out")
-        assert "cannot be loaded into" in capsys.readouterr().err
+        assert "cannot be loaded" in capsys.readouterr().err

@@ -190,10 +190,17 @@ def test_bounds_come_back_from_a_runs_own_config(configure, tmp_path):
 def test_a_reward_that_is_easy_to_hack_is_stopped_on_the_embedded_pipeline(tmp_path):
     """Colourfulness alone, at a high learning rate: colours are driven up at the cost of everything else."""
     options = [
-        *("~rewards.clip", "rewards.colour={name: colorfulness, args: {frames: 4}}", "train.learning_rate=3.0e-3"),
+        *("~rewards.video", "rewards.colour={name: colorfulness, args: {frames: 4}}", "train.learning_rate=3.0e-3"),
         *("train.steps=16", "train.batch_size=4", "train.micro_batch=4", "train.warmup_steps=0"),
-        *("gradient.last_steps=1", "run.threads=1", "guard.on_breach=stop", f"run.folder={tmp_path}/run"),
+        *(
+            "gradient.steps={name: last, args: {count: 1, unconditional: true}}",
+            "~train.schedule",
+            "run.threads=1",
+            "guard.on_breach=stop",
+            f"run.folder={tmp_path}/run",
+        ),
         *("validation.pairs=8", "validation.seeds=2", "validation.every=2", "validation.batch=8"),
+        "model.call.guidance_scale=1.0",
     ]
     train(load_config(None, options))
     print("\n".join(summary(tmp_path / "run")))

@@ -69,7 +69,7 @@ def embedded_run(folder, *rewards):
         None,
         [
             f"run.folder={folder}",
-            *("model.call.num_frames=5", "model.call.num_inference_steps=2", "gradient.last_steps=2"),
+            *("model.call.num_frames=5", "model.call.num_inference_steps=2", "gradient.steps.args.count=2"),
             *(
                 "train.steps=1",
                 "train.batch_size=2",
@@ -77,6 +77,7 @@ def embedded_run(folder, *rewards):
                 "validation.pairs=2",
                 "validation.videos=1",
             ),
+            "~train.schedule",
             *rewards,
         ],
     )
@@ -97,7 +98,7 @@ def check_mixed(folder, config):
 
 def test_the_embedded_run_with_two_rewards(checkpoints, own, tmp_path):
     options = [
-        term("clip", "aesthetic", published("aesthetic", checkpoints), weight=2.0),
+        term("video", "aesthetic", published("aesthetic", checkpoints), weight=2.0),
         term("warm", f"{own}:Warmth", weight=-0.5),
     ]
     config, _ = embedded_run(tmp_path / "run", *options)
@@ -115,7 +116,7 @@ def test_the_embedded_run_with_any_two_rewards(one, other, checkpoints, own, tmp
         term(key, f"{own}:Warmth", weight=weight)
         if name == "own"
         else term(key, name, published(name, checkpoints), weight=weight)
-        for key, name, weight in (("clip", one, 1.0), ("other", other, 0.25))
+        for key, name, weight in (("video", one, 1.0), ("other", other, 0.25))
     ]
     config, _ = embedded_run(tmp_path / "run", *options)
     check_mixed(tmp_path / "run", config)

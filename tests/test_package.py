@@ -76,12 +76,14 @@ def within(modules: set[str], *allowed: str) -> bool:
 CORE = [
     *("common.errors", "common.arguments", "common.loading", "common.storage_count", "common.versions", "common"),
     *("objective", "objective.reading"),
-    *("decoding", "sampling", "sampling.steps"),
-    *("sampling.method_replacement", "sampling.recomputation", "sampling.sampling_loop", "sampling.denoisers"),
-    *("sampling.guidance_branches", "sampling.gradient_steps", "sampling.last_step"),
+    *("decoding", "decoding.reproducible_state", "sampling", "sampling.steps"),
+    *("sampling.method_replacement", "sampling.randomness", "sampling.recomputation", "sampling.sampling_loop"),
+    "sampling.denoisers",
+    *("sampling.guidance_branches", "sampling.key_value_cache", "sampling.gradient_steps", "sampling.last_step"),
+    *("sampling.outputs", "sampling.postprocessing", "sampling.call_shape"),
     *(f"objective.reward{part}" for part in (".frames", ".protocol", ".loading", ".checking", "")),
     *(f"objective.losses{part}" for part in (".protocol", ".loading", "")),
-    *("decoding.decoders.base", "decoding.decoders", "decoding.clamp", "decoding.reproducible_state"),
+    *("decoding.decoders.base", "decoding.decoders", "decoding.clamp"),
     *("decoding.onednn", "decoding.memory_efficient_layers", "decoding.offload", "decoding.graph"),
     *("decoding.recurrence", "decoding.groupwise", "decoding.backprop", "decoding.decode"),
     "sampling.call_checks",
@@ -228,7 +230,8 @@ OURS = [entry for entry in entry_points(group="chopgrad_align.rewards") if entry
 
 def test_every_reward_of_the_folder_is_published():
     published = {entry.module for entry in OURS}
-    shared = ("checkpoints", "detection", "optical_flow", "preprocess", "prompt_cache", "whole_video")
+    shared = ("checkpoints", "detection", "optical_flow", "precision", "preprocess", "prompt_cache", "prompt_length")
+    shared += ("whole_video",)
     helpers = {"chopgrad_rewards", *(f"chopgrad_rewards.{name}" for name in shared)}
     assert published == {module for module in MODULES if module.split(".")[0] == "chopgrad_rewards"} - helpers
 

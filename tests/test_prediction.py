@@ -591,17 +591,24 @@ def test_a_run_of_every_mode(configure, tmp_path, overrides):
     assert all((tmp_path / "run" / "samples" / side / "000.mp4").is_file() for side in sides)
 
 
-def test_the_saved_lora_restores_what_the_run_measured(configure, tmp_path):
-    config = configure("validation.videos=3", "losses.charbonnier.name=l1", "losses.charbonnier.weight=1.0")
+def test_what_was_saved_restores_what_its_run_measured(configure, tmp_path):
+    """A LoRA and trained modules, beside each other on one pipeline."""
+    loss = ("validation.videos=3", "losses.charbonnier.name=l1", "losses.charbonnier.weight=1.0")
+    config = configure(*loss)
     train(config)
-    held_out = json.loads((tmp_path / "run" / "heldout.json").read_text())
-    clips_, methods = HeldOutClips(config, 3), restorers(config, {"base": None, "ours": tmp_path / "run" / "lora"})
+    modules = "trainable={name: modules, args: {modules: ['transformer.blocks.0.attn1.to_q', 'transformer.proj_out']}}"
+    train(configure(*loss, "~lora", modules, f"run.folder={tmp_path}/modules"))
+    measured = {run: json.loads((tmp_path / run / "heldout.json").read_text()) for run in ("run", "modules")}
+    clips_ = HeldOutClips(config, 3)
+    methods = restorers(config, {"base": None} | {run: tmp_path / run / "lora" for run in measured})
     assert len(clips_) == 3
     for i, clip in enumerate(clips_):
-        for name, key in (("base", "before"), ("ours", "after")):
+        for name, run, key in (("run", "run", "after"), ("modules", "modules", "after"), ("base", "run", "before")):
             video = methods[name](clip)
             assert video.shape == clip.videos["target"].shape
-            assert -(video - clip.videos["target"]).abs().mean().item() == pytest.approx(held_out[key][i], abs=1e-5)
+            error = (video - clip.videos["target"]).abs().mean().item()
+            assert -error == pytest.approx(measured[run][key][i], abs=1e-5)
+    assert measured["run"]["after"] != pytest.approx(measured["modules"]["after"], abs=1e-4)
 
 
 def test_methods_may_be_called_as_runs_are(configure, tmp_path, recwarn):

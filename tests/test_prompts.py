@@ -58,16 +58,16 @@ def test_weights(tmp_path, name):
         ("p.csv", "prompt\n", "is empty; write"),
         ("p.jsonl", "", "is empty; write"),
         ("p.txt", b"caf\xe9", "not UTF-8; save"),
-        ("p.json", "[]", "ends in .txt, .csv, .jsonl"),
-        ("p.csv", "caption\na star\n", r"line 2: expected a `prompt` .* \(columns: caption\)"),
-        ("p.csv", "prompt\na star, red\n", "line 2: write a prompt that has a comma"),
+        ("p.yaml", "[]", "ends in .csv, .tsv, .jsonl, .ndjson, .json, .parquet"),
+        ("p.csv", "word\na star\n", r"has rows without a prompt"),
+        ("p.csv", "prompt\na star, red\n", "line 2: 2 cells under a header of 1; write a text that has a ',' in"),
         ("p.csv", "prompt,image\na star,none.png\n", "line 2: no image .*none.png"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt"\n', "line 2: not JSON"),
         ("p.jsonl", '"a star"\n', "line 1: expected an object"),
         ("p.csv", "prompt,weight\na star,much\n", "line 2: expected a finite number as `weight`, got 'much'"),
         ("p.csv", "prompt,weight.x\na star,nan\n", "line 2: expected a finite number as `weight.x`, got 'nan'"),
         ("p.jsonl", '{"prompt": "a", "weight": [1]}\n', "line 1: expected a finite number as `weight`, got"),
-        ("p.jsonl", '{"prompt": 3}\n', "line 1: expected text as `prompt`, got 3"),
+        ("p.jsonl", '{"prompt": 3}\n', "line 1: column 'prompt': expected text, got 3"),
     ],
 )
 def test_bad_files_end_in_a_sentence_that_names_them(tmp_path, name, content, message):
@@ -81,5 +81,5 @@ def test_no_such_file(tmp_path):
     with pytest.raises(UsageError, match=r"cannot read .*none\.txt.*No such file"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(UsageError, match="directory"):
+    with pytest.raises(UsageError, match=r"folder\.txt holds no pictures"):
         read_prompts(tmp_path / "folder.txt")

@@ -1,5 +1,8 @@
 """The four rewards, loaded from small checkpoints in the official formats and compared with the official scores."""
 
+import dataclasses
+import urllib.error
+
 import numpy as np
 import open_clip
 import pytest
@@ -10,28 +13,25 @@ from chopgrad_rewards.colorfulness import Colorfulness
 from chopgrad_rewards.hps_v2 import HPSv2
 from chopgrad_rewards.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from reward_checks import (
     check_every_prompt_scores_its_own_video,
     check_frozen_and_castable,
-    check_gradient_equals_finite_differences,
     check_gradient_reaches_every_frame,
+    check_scores_are_official,
     check_texts_are_encoded_once,
 )
-from tiny_rewards import PROMPTS, assert_equal_within_rounding, laion_head, make_checkpoints, pil, video_of
-from torchvision.transforms.functional import to_tensor
+from tiny_rewards import ODD_SIZES, PROMPTS, assert_equal_within_rounding, laion_head, make_checkpoints, pil, video_of
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torchvision.transforms.functional import pad, resize, to_tensor
 
 from chopgrad_align.common.errors import UsageError
 from chopgrad_align.objective.reward import load_reward
 
 # --- preprocessing ----------------------------------------------------------------------------------------------------
 
-SIZES = [(64, 64), (96, 160), (160, 96), (45, 81), (480, 832), (20, 30), (32, 20)]
 
-
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    ("resize", "target", "interpolation"),
+    ("resize_mode", "target", "interpolation"),
     [
         ("shortest", (32, 32), "bicubic"),
         ("shortest", (32, 32), "bilinear"),
@@ -42,47 +42,50 @@ SIZES = [(64, 64), (96, 160), (160, 96), (45, 81), (480, 832), (20, 30), (32, 20
         ("squash", (32, 40), "bilinear"),
     ],
 )
-def test_preprocessing_equals_open_clips(resize, target, interpolation, size):
-    frames = video_of(*size).flatten(0, 1)
-    transform = image_transform_v2(PreprocessCfg(target, "RGB", resize_mode=resize, interpolation=interpolation), False)
-    official = torch.stack([transform(pil(frame)) for frame in frames])
-    assert_equal_within_rounding(Preprocess(target, resize, interpolation), frames, official)
+def test_preprocessing_equals_open_clips(resize_mode, target, interpolation):
+    config = PreprocessCfg(target, "RGB", resize_mode=resize_mode, interpolation=interpolation)
+    transform = image_transform_v2(config, False)
+    for size in [*ODD_SIZES, (64, 64), (480, 832), (20, 30), (32, 20)]:
+        if resize_mode == "squash" and size in ODD_SIZES[-4:]:
+            continue  # where the height shrinks much more than the width, Pillow 13 resizes in the other order
+        frame = video_of(*size, batch=1, frames=1)[0]
+        official = transform(pil(frame[0]))[None]
+        assert_equal_within_rounding(Preprocess(target, resize_mode, interpolation), frame, official, size)
 
 
-def hps_official(image, size):
-    """What `hpsv2.score` does to an image, step by step: resize the longest side, pad with black, normalise."""
-    scale = size / float(max(image.size))
+def hps_official(image, size, antialias=True):
+    """What `hpsv2.score` does to an image: a tensor of floats, its longest side resized, padded with black, normalised.
+
+    `antialias` is what torchvision does by itself, True since 0.17.
+    """
+    pixels = to_tensor(image)
+    scale = size / float(max(pixels.shape[1:]))
     if scale != 1.0:
-        width, height = (round(side * scale) for side in image.size)
-        canvas = Image.new("RGB", (size, size))
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
-        image = canvas
+        height, width = (round(side * scale) for side in pixels.shape[1:])
+        pixels = resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=antialias)
+        rows, columns = size - height, size - width
+        pixels = pad(pixels, [columns // 2, rows // 2, columns - columns // 2, rows - rows // 2], fill=0)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_MEAN, OPENAI_STD))
-    return (to_tensor(image) - mean) / std
+    return (pixels - mean) / std
 
 
 # The last but one is a tie, which open_clip rounds up. The official code fails when only the longest side fits.
-@pytest.mark.parametrize("size", [*SIZES[:-1], (165, 320), (224, 224)])
 @pytest.mark.parametrize("target", [32, 224])
-def test_preprocessing_equals_hpsv2s(target, size):
-    frames = video_of(*size, batch=1).flatten(0, 1)
-    official = torch.stack([hps_official(pil(frame), target) for frame in frames])
-    assert_equal_within_rounding(Preprocess((target, target), "longest"), frames, official)
+@pytest.mark.parametrize("antialias", [True, False], ids=["today", "before"])
+def test_preprocessing_equals_hpsv2s(rewards, target, antialias):
+    preprocess = dataclasses.replace(rewards["hps_v2"](antialias=antialias).similarity.preprocess, size=(target,) * 2)
+    for size in [*ODD_SIZES, (480, 832), (165, 320), (224, 224)]:
+        frame = video_of(*size, batch=1, frames=1)[0]
+        official = hps_official(pil(frame[0]), target, antialias)
+        torch.testing.assert_close(preprocess(frame)[0], official, rtol=0, atol=1e-5)
 
 
 def clip_official(frames, side):
-    from transformers import CLIPImageProcessorPil
-
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return processor([pil(frame) for frame in frames], return_tensors="pt")["pixel_values"]
-
-
-# Sizes that leave an even number of columns to crop: an odd one transformers and torchvision split differently.
-@pytest.mark.parametrize("size", [(64, 64), (96, 160), (160, 96), (480, 840), (16, 24)])
-def test_preprocessing_equals_transformers_clip(size):
-    frames = video_of(*size).flatten(0, 1)
-    assert_equal_within_rounding(Preprocess((32, 32)), frames, clip_official(frames, 32))
+    """CLIP's own preprocessing, with torchvision."""
+    transform = Compose(
+        [Resize(side, InterpolationMode.BICUBIC), CenterCrop(side), ToTensor(), Normalize(OPENAI_MEAN, OPENAI_STD)]
+    )
+    return torch.stack([transform(pil(frame)) for frame in frames])
 
 
 def test_preprocessing_passes_the_gradient_of_saturated_frames():
@@ -150,18 +153,14 @@ def colorfulness_official(checkpoints, images, texts):
     return torch.tensor(scores, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (96, 160), (80, 48)])
 @pytest.mark.parametrize("name", NAMES)
-def test_score_is_the_official_one(rewards, checkpoints, name, size):
-    video = video_of(*size)
-    images = [pil(frame) for frame in video.flatten(0, 1)]
-    texts = [prompt for prompt in PROMPTS for _ in range(video.shape[1])]
-    with torch.no_grad():
-        official = globals()[f"{name}_official"](checkpoints, images, texts).view(len(PROMPTS), -1).mean(1)
-        scores = rewards[name]()(video, PROMPTS)
-    # Equal where nothing is resized; else PIL's rounding remains, small beside the differences between the samples.
-    exact = name == "colorfulness" or size == (32, 32)
-    torch.testing.assert_close(scores, official, rtol=1e-5, atol=1e-5 if exact else 0.1 * float(official.std()))
+@torch.no_grad()
+def test_score_is_the_official_one(rewards, checkpoints, name):
+    # Where 8-bit images are resized, PIL's rounding remains, small beside the differences between the samples.
+    rounded = 0.1 if name in ("clip_score", "aesthetic") else 0
+    check_scores_are_official(
+        rewards[name](), lambda *given: globals()[f"{name}_official"](checkpoints, *given), (32, 32), rounded
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,11 +171,6 @@ def test_every_prompt_scores_its_own_video(rewards, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_every_frame(rewards, name):
     check_gradient_reaches_every_frame(rewards[name], name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_equals_finite_differences(rewards, name):
-    check_gradient_equals_finite_differences(rewards[name])
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
@@ -238,6 +232,12 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def unreachable(url, target, progress):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
 
 
 @pytest.mark.parametrize(
@@ -269,23 +269,30 @@ def offline(monkeypatch, tmp_path):
             r"neither a folder nor an architecture that open_clip knows$",
         ),
         (lambda c: HPSv2(version="v3"), r"hps_v2: version='v3': expected 'v2.1' or 'v2.0'"),
-        (lambda c: HPSv2(), r"hps_v2: checkpoint='xswu/HPSv2' cannot be loaded: .*\. Expected hub id, folder or path"),
+        (
+            lambda c: HPSv2(),
+            r"hps_v2: checkpoint='xswu/HPSv2@.*' cannot be loaded: .*\. Expected hub id, folder or path",
+        ),
         (lambda c: HPSv2(checkpoint="./no/HPS.pt"), r"no such file: no/HPS.pt\. Expected"),
         (lambda c: HPSv2(checkpoint=str(c / "hps"), version="v2.0"), r"no such file: .*HPS_v2_compressed.pt"),
         (
             lambda c: HPSv2(checkpoint=str(c / "head.pth"), model="tiny-chopgrad-test"),
             r"cannot be loaded: .*state_dict",
         ),
+        (
+            lambda c: HPSv2(checkpoint=str(c / "narrow.pt"), model="tiny-chopgrad-test"),
+            r"narrow.pt' cannot be loaded: .*width.*Expected hub id, folder or path of the official HPS",
+        ),
         (lambda c: HPSv2(checkpoint=str(c / "empty.pt"), model="tiny-chopgrad-test"), r"empty.pt' cannot be loaded"),
         (
             lambda c: HPSv2(checkpoint=str(c / "pickle.pt"), model="tiny-chopgrad-test"),
             r"cannot be loaded: it is damaged",
         ),
-        (lambda c: Aesthetic(), r"aesthetic: clip='openai/clip-vit-large-patch14' cannot be loaded: "),
+        (lambda c: Aesthetic(), r"aesthetic: clip='openai/clip-vit-large-patch14@.*' cannot be loaded: "),
         (lambda c: Aesthetic(clip=str(c / "clip")), r"aesthetic: clip='.*' cannot be loaded: "),
         (
             lambda c: Aesthetic(clip=str(c / "vit")),
-            r"aesthetic: head='camenduru/improved-aesthetic-predictor' cannot be",
+            r"aesthetic: head='https://.*improved-aesthetic-predictor.*' cannot be",
         ),
         (
             lambda c: Aesthetic(clip=str(c / "vit"), head=str(c / "wide.pth")),
@@ -303,6 +310,9 @@ def test_a_checkpoint_that_cannot_be_loaded(checkpoints, offline, make, message)
         (checkpoints / "clip" / "open_clip_config.json").read_text()
     )
     (checkpoints / "empty.pt").touch()
+    published = torch.load(checkpoints / "hps" / "HPS_v2.1_compressed.pt")["state_dict"]
+    narrow = published | {"positional_embedding": published["positional_embedding"][:, :8]}
+    torch.save({"state_dict": narrow}, checkpoints / "narrow.pt")
     torch.save({"state_dict": np.float32}, checkpoints / "pickle.pt")
     torch.save(laion_head(768).state_dict(), checkpoints / "wide.pth")
     (checkpoints / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")

@@ -38,7 +38,7 @@ def test_a_process_reads_its_rows_of_each_weight_and_no_more(saved, mesh):
     folder, variant = saved
     dtypes = {"default": "bfloat16", "vae": "float32"}
     whole = read_pipeline(folder, "model", dtypes, variant).transformer
-    part = read_pipeline(folder, "model", dtypes, variant, mesh).transformer
+    part = read_pipeline(folder, "model", dtypes, variant, mesh=mesh).transformer
     weights = dict(part.named_parameters())
     assert list(weights) == [name for name, _ in whole.named_parameters()]
     for name, weight in whole.named_parameters():
@@ -60,4 +60,4 @@ def test_a_file_without_all_weights_is_named(saved, mesh, tmp_path):
     del weights["proj_out.weight"]
     save_file(weights, file)
     with pytest.raises(UsageError, match=r"model: cannot load .*proj_out.weight"):
-        read_pipeline(str(folder), "model", {"default": "float32"}, None, mesh)
+        read_pipeline(str(folder), "model", {"default": "float32"}, mesh=mesh)

@@ -215,7 +215,7 @@ def test_a_repetition_from_the_same_noisy_latents_is_the_same_clip(kind, problem
 
     def again(self, scheduler, noise):
         noised(self, scheduler, noise)
-        return noisy[self.loop.calls - 2]
+        return noisy[self._loop.iteration - 1]
 
     monkeypatch.setattr(RecordedLastStep, "noised", again)
     first, second = latents_of(pipe, LowVariance(1), {**call, "callback_on_step_end": keep, "generator": generators()})
@@ -294,7 +294,9 @@ def test_constant_latents_leave_the_output_of_a_controlnet(problem):
     args, kwargs = with_constant_latents(unet, (latents, 0, text), {"mid_block_additional_residual": residual})
     assert [value.requires_grad for value in (args[0], args[2])] == [False, True]
     assert kwargs["mid_block_additional_residual"] is residual
-    with pytest.raises(UsageError, match="call of Linear has none of the arguments audio_hidden_states, "):
+    with pytest.raises(
+        UsageError, match="call of Linear has none of the arguments action_tokens, audio_hidden_states, "
+    ):
         with_constant_latents(torch.nn.Linear(1, 1), (latents,), {})
 
 

@@ -324,6 +324,15 @@ def test_a_held_out_score_that_is_not_finite_is_found_before_training(configure,
         train(configure(reward("Held")))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_first_step_without_any_gradient_is_said(configure, capsys, tmp_path, steps):
+    """The last step of DEIS returns what the one before it made of the prediction."""
+    scheduler = "{name: DEISMultistepScheduler, prediction_type: flow_prediction, use_flow_sigmas: true}"
+    train(configure(f"model.scheduler={scheduler}", f"gradient.last_steps={steps}"))
+    assert ("step 1: the gradient is exactly 0" in "".join(capsys.readouterr())) == (steps == 1)
+    assert (rows(tmp_path / "run")[0]["grad_norm"] == 0) == (steps == 1)
+
+
 # --- bad input: one clear sentence, and nothing written ---------------------------------------------------------------
 
 

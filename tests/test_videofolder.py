@@ -7,6 +7,7 @@ import random
 import struct
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -28,6 +29,7 @@ from chopgrad_align.data.order import batch_at
 from chopgrad_align.data.procedural import texture_clip
 from chopgrad_align.data.source import BadFile, Row
 from chopgrad_align.data.table import is_one_split, read_dataset
+from chopgrad_align.data.video_stream import VideoStream
 from chopgrad_align.data.videofolder import read_folder
 
 HEIGHT, WIDTH, RATE = 48, 64, 25
@@ -151,7 +153,7 @@ def test_wrong_folders_are_refused(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,captoin\na.mp4,hello")
     with pytest.raises(UsageError, match="no column 'caption' for caption; did you mean 'captoin'"):
         read_folder(tmp_path, {"target": "file_name", "caption": "caption"})
-    with pytest.raises(UsageError, match="one for the role 'target'"):
+    with pytest.raises(UsageError, match="one for a role with files, such as 'target'"):
         read_folder(tmp_path, {"caption": "captoin"})
     (tmp_path / "metadata.csv").write_text("file_name\n \nb.mp4")
     with pytest.raises(UsageError, match="expected a path as 'file_name'"):
@@ -189,9 +191,9 @@ def test_a_clip_from_the_end_of_a_long_file_reads_little_of_it(tmp_path, monkeyp
             read_bytes[0] += len(data)
             return data
 
-    decode = video_file._decode
-    monkeypatch.setattr(video_file, "_decode", lambda *a: (decoded.append(f[0]) or f for f in decode(*a)))
-    monkeypatch.setattr(video_file, "_file", lambda source: Counting(path.read_bytes()))
+    decode, opened = VideoStream.decode, av.open
+    monkeypatch.setattr(VideoStream, "decode", lambda *a: (decoded.append(f.pts) or f for f in decode(*a)))
+    monkeypatch.setattr(av, "open", lambda file, *a, **b: opened(Counting(Path(file).read_bytes()), *a, **b))
     footage = open_footage(path, "long")
     assert len(decoded) == 1
     assert read_bytes[0] < path.stat().st_size / 4
@@ -613,6 +615,25 @@ def test_stride_and_starts(folder):
     found = {tuple(numbers(clips.clip(0, 0, step).videos["target"])) for step in range(30)}
     assert found == {(0, 3, 6, 9), (5, 8, 11, 14), (10, 13, 16, 19)}
     assert clips.clip(0).fps == pytest.approx(RATE / 3)
+
+
+def test_a_long_file_is_cut_into_clips_each_of_its_own(folder):
+    clips = Clips(read_folder(folder)[1:2], [Bucket(5, 24, 32)], starts="all")
+    found = [numbers(clips.clip(i, 0, step).videos["target"]) for step in range(2) for i in range(len(clips))]
+    assert found == [list(range(start, start + 5)) for start in (0, 5, 11, 16)] * 2  # of 21 frames
+    assert len(clips.captions) == 4
+    assert {i for step in range(2) for i in clips.batch(step, 2, seed=0)} == {0, 1, 2, 3}
+
+
+def test_pictures_are_clips_of_one_frame(tmp_path):
+    picture = texture_clip(seed=1, frames=1, size=48)[:, 0]
+    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    row = Row("a.png", "", {"target": tmp_path / "a.png"})
+    clip = Clips([row], [Bucket(1, 48, 48)], degradation=Downscale((2, 2))).clip(0)
+    assert clip.bucket == Bucket(1, 48, 48)
+    assert (clip.videos["target"][0] - picture).abs().max() <= 0.5 / 255
+    with pytest.raises(UsageError, match=r"1 still \(a\.png: a picture is no video, but of a bucket of one frame"):
+        Clips([row], [Bucket(4, 48, 48)])
 
 
 def test_batches_are_of_one_bucket_and_epochs_see_everything(folder):

@@ -16,6 +16,7 @@ BERT_VOCABULARY = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, ".": 10
 CLIP_VOCABULARY = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[BOS]", *WORDS, "[EOS]"])}
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION = {**TOWER, "image_size": 32, "patch_size": 8}
+CONDITION = "red green"
 LABELS = {0: "N/A", 1: "cat", 2: "stop sign", 3: "book"}
 
 
@@ -29,6 +30,21 @@ def make_frame_checkpoints(folder):
     _make_yolos(folder / "yolos")
     _make_dino(folder / "dino")
     return folder
+
+
+def arguments(folder):
+    """Published name and local checkpoint of each reward; the detectors once for each family."""
+    path_of = {path.name: str(path) for path in folder.iterdir()}
+    return {
+        "aesthetic_v2_5": {"siglip": path_of["siglip"], "head": path_of["siglip"]},
+        "pick_score": {"checkpoint": path_of["pick"], "processor": path_of["pick"]},
+        "image_reward": {"checkpoint": path_of["image_reward"], "tokenizer": path_of["image_reward"]},
+        "mps": {"checkpoint": path_of["mps"], "processor": path_of["mps"], "condition": CONDITION},
+        "object_presence": {"target": "stop sign", "checkpoint": path_of["yolos"]},
+        "object_removal": {"target": "a red Circle", "checkpoint": path_of["dino"]},
+        "compressibility": {},
+        "sharpness": {},
+    }
 
 
 def _make_siglip(folder):

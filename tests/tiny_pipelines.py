@@ -6,6 +6,8 @@ THUDM/CogVideoX-2b, `svd` for stabilityai/stable-video-diffusion-img2vid-xt.
 """
 
 import torch
+from tiny_parts import frozen as _frozen
+from tiny_parts import tokenizer
 from tiny_vaes import cogvideox_vae, image_vae, temporal_vae, wan_vae
 
 PROMPTS = ["a red circle moving left", "a large blue star spinning"]
@@ -13,33 +15,8 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 """The usual LoRA targets, present in every denoiser here."""
 
 
-def _frozen(pipe):
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def _tokenizer(max_length: int = 226):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=max_length,
-    )
+    return tokenizer(max_length, " ".join(PROMPTS))
 
 
 def _t5(cls, config_cls):
@@ -138,13 +115,17 @@ def wan_vace(scheduler: str = "unipc"):
     )
 
 
-def wan_i2v(scheduler: str = "unipc"):
-    """Wan 2.1 image-to-video: latents of the image and its mask beside the noise, CLIP tokens beside the text."""
+def wan_i2v(scheduler: str = "unipc", two_stage: bool = False):
+    """Wan 2.1 image-to-video: latents of the image and its mask beside the noise, CLIP tokens beside the text.
+
+    With `two_stage` Wan 2.2's pair of transformers, which have no CLIP tokens.
+    """
     from diffusers import WanImageToVideoPipeline
     from transformers import CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
-    image_encoder, image_processor = _vision(CLIPVisionModel, 32)
+    image_encoder, image_processor = (None, None) if two_stage else _vision(CLIPVisionModel, 32)
+    image = {} if two_stage else {"image_dim": 8, "added_kv_proj_dim": 24}
     return _frozen(
         WanImageToVideoPipeline(
             tokenizer=_tokenizer(512),
@@ -153,7 +134,9 @@ def wan_i2v(scheduler: str = "unipc"):
             scheduler=flow_scheduler(scheduler),
             image_encoder=image_encoder,
             image_processor=image_processor,
-            transformer=_wan_transformer(12, image_dim=8, added_kv_proj_dim=24),
+            transformer=_wan_transformer(12, **image),
+            transformer_2=_wan_transformer(12) if two_stage else None,
+            boundary_ratio=0.9 if two_stage else None,
         )
     )
 

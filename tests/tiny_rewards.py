@@ -13,6 +13,13 @@ from chopgrad_align.data.tokenizer import text_tokenizer
 
 PROMPTS = ["a red circle on the grass", "the blue square", "green"]
 WORDS = sorted({word for prompt in PROMPTS for word in prompt.split()})
+# With the shortest side at 32, in which all small models see them, half of them leave an odd number of pixels to crop,
+# a third one that libraries split differently. The last are tall.
+ODD_SIZES = [
+    (33, 37), (35, 43), (41, 56), (34, 50), (36, 58), (37, 64), (43, 75), (46, 80), (53, 92), (45, 83),
+    (33, 35), (33, 47), (34, 57), (45, 81), (70, 125), (96, 171), (31, 55), (48, 85), (66, 117), (88, 160),
+    (43, 35), (75, 43), (81, 45), (113, 64),
+]  # fmt: skip
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 ARCHITECTURE = "tiny-chopgrad-test"
 
@@ -32,13 +39,13 @@ def pil(frame):
     return Image.fromarray((frame * 255).round().byte().permute(1, 2, 0).numpy())
 
 
-def assert_equal_within_rounding(preprocess, frames, official):
+def assert_equal_within_rounding(preprocess, frames, official, size=None):
     """PIL rounds to 8 bits after each of its two passes: together at most about one level."""
     std = torch.tensor(preprocess.std).view(3, 1, 1)
     levels = ((preprocess(frames) - official) * std * 255).abs()
-    assert levels.mean() < 0.4
-    assert (levels > 1.001).float().mean() < 0.005
-    assert levels.max() < 1.5
+    assert levels.mean() < 0.4, size
+    assert (levels > 1.001).float().mean() < 0.01, size
+    assert levels.max() < 1.5, size
 
 
 def reinitialise(module):
@@ -87,6 +94,16 @@ def make_checkpoints(folder):
     torch.save(laion_head().state_dict(), folder / "head.pth")
     save_file(laion_head().state_dict(), folder / "head.safetensors")
     return folder
+
+
+def arguments(folder):
+    """Published name and local checkpoint of each reward."""
+    return {
+        "clip_score": {"checkpoint": str(folder / "clip")},
+        "hps_v2": {"checkpoint": str(folder / "hps"), "model": ARCHITECTURE},
+        "aesthetic": {"clip": str(folder / "vit"), "head": str(folder / "head.pth")},
+        "colorfulness": {},
+    }
 
 
 def laion_head(width=24):

@@ -83,7 +83,7 @@ def qwen_image_vae():
     )
 
 
-def mochi_vae(framewise: bool = False):
+def mochi_vae(framewise: bool = False, latent_channels: int = 4):
     """Group norms are over 32 groups, which is therefore the least width."""
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 
@@ -92,7 +92,7 @@ def mochi_vae(framewise: bool = False):
         in_channels=15,
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(32, 32, 32),
-        latent_channels=4,
+        latent_channels=latent_channels,
         layers_per_block=(3, 1, 1, 1),
         temporal_expansions=(1, 3),
         spatial_expansions=(2, 1),
@@ -169,7 +169,7 @@ def ltx2_vae(conditioned: bool = False):
         spatio_temporal_scaling=(True, True),
         decoder_spatio_temporal_scaling=(True, True),
         decoder_inject_noise=(conditioned,) * 3,
-        downsample_type=("spatial", "spatiotemporal"),
+        downsample_type=("temporal", "spatiotemporal"),
         upsample_type=("spatiotemporal", "temporal"),
         spatial_compression_ratio=4,
         upsample_residual=(True, True),
@@ -205,8 +205,8 @@ def cosmos_vae():
     )
 
 
-def allegro_vae():
-    """Tiles of 4 frames, 8 x 8 latents."""
+def allegro_vae(tiles: bool = True):
+    """Tiles of 4 frames, 8 x 8 latents; or without `tiles` those of its config, of 24 frames, 128 x 128 pixels."""
     vae = _frozen(
         diffusers.AutoencoderKLAllegro,
         down_block_types=("AllegroDownBlock3D",) * 3,
@@ -217,9 +217,10 @@ def allegro_vae():
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=2,
-        sample_size=16,
+        sample_size=16 if tiles else 128,
     )
-    vae.kernel, vae.stride = (8, 16, 16), (4, 8, 12)
+    if tiles:
+        vae.kernel, vae.stride = (8, 16, 16), (4, 8, 12)
     vae.enable_tiling()
     return vae
 
@@ -240,3 +241,14 @@ def magvit_vae(spatial_group_norm: bool = True):
 def kvae_video_vae():
     """Group norms are over 32 groups, which is therefore the least width."""
     return _frozen(diffusers.AutoencoderKLKVAEVideo, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4)
+
+
+def kandinsky6_sr_vae():
+    return _frozen(
+        diffusers.Kandinsky6SRVAE,
+        latent_channels=4,
+        encoder_block_out_channels=(4, 8, 16),  # which double
+        decoder_block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        temporal_compression_start_level=0,  # both halvings are of time too
+    )

@@ -60,6 +60,26 @@ def make_video_checkpoints(folder):
     return folder
 
 
+def arguments(folder):
+    """Published name and local checkpoint of each reward."""
+    flow = {"weights": str(folder / "raft_small.pth"), "model": "small", "updates": 2}
+    published = folder / "video_reward"
+    return {
+        "action": {"checkpoint": str(folder / "videomae")},
+        "temporal_consistency": {"checkpoint": str(folder / "vjepa")},
+        "motion": flow,
+        "warp_consistency": flow,
+        "video_clip": {"checkpoint": str(folder / "xclip")},
+        "video_text": {"checkpoint": str(folder / "video_text")},
+        "video_reward": {
+            "fps": 4,
+            "template": str(published / "prompt_template.py"),
+            "checkpoint": str(published),
+            "file": "checkpoint-7/model.pth",
+        },
+    }
+
+
 def smooth_raft(size):
     """Random, but with small steps: a flow of noise would leave no pixel that counts as visible."""
     from torchvision.models import optical_flow

@@ -23,7 +23,6 @@ _SPELLINGS = "a published name, 'package.module:Class' or 'path/to/file.py:Class
 # What to install for a module whose package is called otherwise, or is an extra of this package.
 _INSTALL = {
     "hpsv2": "'chopgrad-align[hps]'",
-    "kornia": "'chopgrad-align[rewards]'",
     "lpips": "'chopgrad-align[metrics]'",
     "open_clip": "open_clip_torch",
     "torchmetrics": "'chopgrad-align[metrics]'",

@@ -18,7 +18,7 @@ from .errors import UsageError
 
 # What torch, transformers, open_clip and the hub raise for files that are missing, unreachable, damaged or other ones.
 _LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError,
+    OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, AssertionError,
     pickle.UnpicklingError, SafetensorError, EntryNotFoundError,
 )  # fmt: skip
 

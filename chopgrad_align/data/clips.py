@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,6 +43,12 @@ class Clip:
     videos: dict[str, Tensor]
     fps: float
 
+    @property
+    def bucket(self) -> Bucket:
+        """Its shape."""
+        frames, _, height, width = self.videos.get("target", max(self.videos.values(), key=len)).shape
+        return Bucket(frames, height, width)
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -50,8 +56,8 @@ class _Entry:
     footage: Mapping[str, Footage]
     bucket: Bucket
     fps: float
-    frames: int
-    """Length of the shortest role, at that rate."""
+    first: range
+    """Frames that a clip can begin with, at that rate."""
 
 
 class Clips:
@@ -61,12 +67,14 @@ class Clips:
     asked for.
 
     Args:
-        rows: What `read_folder` or `read_dataset` return.
+        rows: What `read_folder` or `read_dataset` return. Their target, or else the first that they have, gives the
+            shape.
         buckets: Shapes of clips; each row gets the one nearest to its own.
         stride: Every how many frames one is taken.
         fps: Frames a second that every file is resampled to before the stride; None keeps each file's own rate (of a
             file of variable rate: its average).
-        starts: Every row has so many clips, evenly spaced; None: any frame can be the first.
+        starts: Every row has so many clips, evenly spaced; None: any frame can be the first. `all`: as many as fit
+            without overlapping, evenly spaced, each of which is a sample of its own.
         crop: See `crop_box`.
         degradation: Makes `degraded` from `target`.
         mask: Draws `mask`. Whether drawn or read, what it covers is grey in `degraded`.
@@ -86,7 +94,7 @@ class Clips:
         *,
         stride: int = 1,
         fps: float | None = None,
-        starts: int | None = None,
+        starts: int | Literal["all"] | None = None,
         crop: Crop = "center",
         degradation: Degradation | None = None,
         mask: Mask | None = None,
@@ -96,19 +104,21 @@ class Clips:
     ) -> None:
         if not (rows and buckets):
             raise UsageError(f"expected at least one row and one bucket, got {len(rows)} and {len(buckets)}")
-        if stride < 1 or (starts is not None and starts < 1) or (fps is not None and not fps > 0):
+        if stride < 1 or (isinstance(starts, int) and starts < 1) or (fps is not None and not fps > 0):
             raise UsageError(f"expected positive stride, starts and fps, got {stride}, {starts} and {fps}")
         for role, maker in (("degraded", degradation), ("mask", mask)):
             if maker is not None and any(role in row.sources for row in rows):
                 raise UsageError(
                     f"the data has a column for {role!r}, which is also made on the fly; remove one of them"
                 )
+        if degradation is not None and not all("target" in row.sources for row in rows):
+            raise UsageError("a degradation is of the target, and the data has none; leave it out")
         self._buckets, self._stride, self._fps = buckets, stride, fps
         self._starts, self._crop, self._degradation, self._mask = starts, crop, degradation, mask
         self._skip, self._folder_fps, self._background = on_bad_file == "skip", folder_fps, background
         with ThreadPoolExecutor() as pool:
             looked = list(pool.map(self._look, rows))
-        self._entries = [entry for entry in looked if isinstance(entry, _Entry)]
+        self._entries = [part for entry in looked if isinstance(entry, _Entry) for part in self._parts(entry)]
         self.bad = [entry for entry in looked if isinstance(entry, BadFile)]
         if self.bad and not self._skip:
             raise self._refusal(self.bad[0])
@@ -119,12 +129,12 @@ class Clips:
             self._groups[entry.bucket].append(index)
 
     def __len__(self) -> int:
-        """How many rows clips can be cut from."""
+        """How many rows clips can be cut from; with `starts=all` how many clips."""
         return len(self._entries)
 
     @property
     def captions(self) -> list[str]:
-        """Caption of each row."""
+        """Caption of each row, or clip."""
         return [entry.row.caption for entry in self._entries]
 
     def batch(self, step: int, size: int, seed: int) -> list[int]:
@@ -175,28 +185,34 @@ class Clips:
             for role, source in row.sources.items():
                 name = row.name if role == "target" else f"{row.name}, {role}"
                 footage[role] = open_footage(source, name, self._folder_fps, self._background)
-            target = footage["target"]
-            if target.seconds == math.inf:
-                raise BadFile("still", row.name, "a picture is not a target video")
+            target = _lead(footage)
+            still = target.seconds == math.inf
+            if still and min(b.frames for b in self._buckets) > 1:
+                raise BadFile("still", row.name, "a picture is no video, but of a bucket of one frame")
             for role, other in footage.items():
                 _check_pair(target, role, other)
-            fps = self._fps or target.fps
-            frames = int(min(f.seconds for f in footage.values()) * fps + 0.05)
+            fps = self._fps or (self._folder_fps if still else target.fps)
+            frames = 1 if still else int(min(f.seconds for f in footage.values()) * fps + 0.05)
             bucket = choose_bucket(self._buckets, (frames - 1) // self._stride + 1, target.height, target.width)
             if bucket is None:
                 shortest = (min(b.frames for b in self._buckets) - 1) * self._stride + 1
                 raise BadFile("short", row.name, f"{frames} frames; the shortest clip spans {shortest}")
-            return _Entry(row, footage, bucket, fps, frames)
+            return _Entry(row, footage, bucket, fps, range(frames - (bucket.frames - 1) * self._stride))
         except BadFile as bad:
             return bad
 
+    def _parts(self, entry: _Entry) -> Sequence[_Entry]:
+        """The samples that an entry is cut into."""
+        if self._starts != "all":
+            return [entry]
+        span = (entry.bucket.frames - 1) * self._stride + 1
+        firsts = spaced((len(entry.first) + span - 1) // span, entry.first)
+        return [replace(entry, first=range(first, first + 1)) for first in firsts]
+
     def _read(self, entry: _Entry, seed: int) -> Clip:
-        target, bucket = entry.footage["target"], entry.bucket
-        free = entry.frames - (bucket.frames - 1) * self._stride
-        if self._starts is None:
-            start = pick(free, seed, _START)
-        else:
-            start = round(pick(self._starts, seed, _START) * (free - 1) / max(self._starts - 1, 1))
+        target, bucket = _lead(entry.footage), entry.bucket
+        firsts = spaced(self._starts, entry.first) if isinstance(self._starts, int) else entry.first
+        start = firsts[pick(len(firsts), seed, _START)]
         times = [(start + i * self._stride) / entry.fps for i in range(bucket.frames)]
         place = pick(2**20 + 1, seed, _DOWN) / 2**20, pick(2**20 + 1, seed, _RIGHT) / 2**20
         box = crop_box(bucket, target.height, target.width, self._crop, place)
@@ -215,9 +231,21 @@ class Clips:
         if self._degradation is not None:
             degraded = self._degradation.degrade(videos["target"], generator)
             videos["degraded"] = resize(degraded, bucket.height, bucket.width)
-        if "mask" in videos:
-            videos["degraded"] = covered(videos.get("degraded", videos["target"]), videos["mask"])
+        seen = videos.get("degraded", videos.get("target"))
+        if "mask" in videos and seen is not None:
+            videos["degraded"] = covered(seen, videos["mask"])
         return Clip(entry.row.name, entry.row.caption, videos, entry.fps / self._stride)
+
+
+def spaced(count: int, places: range) -> list[int]:
+    """So many of the places, evenly spaced, the first and (of several) the last among them."""
+    return [places[round(i * (len(places) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def _lead(footage: Mapping[str, Footage]) -> Footage:
+    """The one of a row that gives the clip's shape: its target, or else the first video that it has, or picture."""
+    moving = (other for other in footage.values() if other.seconds < math.inf)
+    return footage.get("target") or next(moving, next(iter(footage.values())))
 
 
 def _check_pair(target: Footage, role: str, other: Footage) -> None:

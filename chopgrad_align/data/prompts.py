@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..common.arguments import readable_text, shown, usable_path
+from ..common.arguments import shown, usable_path
 from ..common.errors import UsageError, located
-
-_MOST_CHARACTERS = 20_000  # of a prompt: several times what any text encoder reads
+from .listing import describe
+from .source import Source, is_still
+from .table_file import CAPTION_NAMES, Table, column_of, file_text, read_table, text_cell
+from .videofolder import list_folder
 
 
 @dataclass(frozen=True)
 class Condition:
-    """The inputs of one video: a prompt, a first image, or both, never neither; and how much its rewards count."""
+    """The inputs of one video: a prompt, a first image, or anything else that a pipeline's call takes; never nothing.
+
+    Attributes:
+        prompt: May be empty beside something else.
+        image: The first one.
+        weight: Weight of all rewards.
+        weights: Weights of single rewards, beside it, by the names that the config gives them; of the others 1.
+        negative_prompt: Prompt that guidance leads away from; None for the common one.
+        seed: Seed of its noise; None for another one each time.
+        cells: Further columns that are not empty, as the file has them.
+        place: File and line, for messages.
+        folder: Paths in the cells are relative to it.
+    """
 
     prompt: str = ""
     image: Path | None = None
     weight: float = 1.0
-    """Weight of all rewards."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Weights of single rewards, beside it, by the names that the config gives them; of the others 1."""
     negative_prompt: str | None = None
-    """Prompt that guidance leads away from; None for the common one."""
+    seed: int | None = None
+    cells: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+    folder: Path = field(default=Path(), compare=False)
 
     def weight_of(self, reward: str) -> float:
+        """How much a reward of this name counts."""
         return self.weight * self.weights.get(reward, 1.0)
 
 
@@ -46,43 +60,58 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def read_conditions(path: str | Path) -> list[Condition]:
+    """The conditions of `list_conditions`."""
+    return list_conditions(path)[0]
+
+
+def list_conditions(path: str | Path) -> tuple[list[Condition], str]:
     """Read what to make videos of.
 
     Args:
-        path: One of, in UTF-8:
-            `.txt`: a prompt a line; blank lines and lines that begin with `#` are skipped.
-            `.csv` with a header, or `.jsonl`: columns (keys) `prompt` and `image`, or one of them; others are ignored.
-            An image is a path, relative to the file; it must exist. A `negative_prompt` that is not empty takes the
-            place of that of `model.call`. A column `weight` says how much the rewards of
-            that row count (1 where it is empty), and `weight.NAME` how much the reward called NAME does.
+        path: One of:
+            A `.txt`, in UTF-8: a prompt a line; blank lines and lines that begin with `#` are skipped.
+            A table that `read_table` reads: columns (keys) `prompt` (or `caption`, or `text`), `image` (or
+            `file_name`), or any other argument of the pipeline's call. Paths are relative to the file. A
+            `negative_prompt` that is not empty takes the place of that of `model.call`, and a `seed` decides the noise.
+            A column `weight` says how much the rewards of that row count (1 where it is empty), and `weight.NAME` how
+            much the reward called NAME does.
+            A folder of pictures, which are first images, with captions as `list_folder` finds them.
+
+    Returns:
+        The conditions, and a line that says how many there are.
 
     Raises:
         UsageError: no such file, another format, no rows, a row with nothing in it, a prompt that is a whole text or
-            has control characters, or a weight that is no number.
+            has control characters, no such image, or a weight or seed that is no number.
     """
-    path = Path(path)
-    conditions = [_condition(path, line, row) for line, row in read_rows(path)]
-    if not conditions:
+    path = Path(usable_path(str(path)))
+    if path.is_dir():
+        listing = list_folder(path, pictures=True)
+        conditions = [Condition(row.caption, _file(row.sources["target"]), place=row.name) for row in listing.rows]
+        return conditions, listing.summary()
+    table = _lines(path) if path.suffix.lower() == ".txt" else read_table(path)
+    if not table.rows:
         raise UsageError(f"the prompt file {path} is empty; write at least one prompt into it")
-    return conditions
+    columns = {"prompt": "prompt", "image": "image"}
+    if "prompt" not in table.columns:
+        columns["prompt"] = column_of("prompt", CAPTION_NAMES, table.columns, str(path)) or "prompt"
+    files = [row.get("file_name") for _, row in table.rows]
+    if "image" not in table.columns and all(isinstance(name, str) and is_still(Path(name)) for name in files):
+        columns["image"] = "file_name"
+    conditions = []
+    for place, row in table.rows:
+        with located(table.named(place)):
+            conditions.append(_condition(path.parent, table.named(place), row, columns))
+    return conditions, describe([(condition.place, condition.prompt) for condition in conditions], "row", "prompt")
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line numbers, from 1, and rows of a `.txt` (each a `prompt`), `.csv` or `.jsonl` file.
-
-    Raises:
-        UsageError: no such file, another format, or lines that are not of it.
-    """
-    readers = {".txt": _text_rows, ".csv": _csv_rows, ".jsonl": _json_rows}
-    if Path(usable_path(str(path))).suffix not in readers:
-        raise UsageError(f"expected a prompt file that ends in {', '.join(readers)}, got {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark, as Excel writes it, is dropped
-    except UnicodeDecodeError:
-        raise UsageError(f"the prompt file {path} is not UTF-8; save it in that encoding") from None
-    except OSError as error:
-        raise UsageError(f"cannot read the prompt file {path}: {error.strerror}; check the path") from error
-    return readers[path.suffix](path, text)
+def _lines(path: Path) -> Table:
+    rows = [
+        (f"line {number}", {"prompt": line})
+        for number, line in enumerate(file_text(path).split("\n"), 1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    return Table(path, ["prompt"], rows)
 
 
 def check_images(conditions: Iterable[Condition]) -> None:
@@ -103,86 +132,60 @@ def check_images(conditions: Iterable[Condition]) -> None:
             ) from error
 
 
-def _condition(path: Path, line: int, row: dict) -> Condition:
-    values = {key: row.get(key) or "" for key in ("prompt", "image", "negative_prompt")}
-    for key, value in values.items():
-        if not isinstance(value, str):
-            raise UsageError(f"{path}, line {line}: expected text as `{key}`, got {value!r}")
-    prompt, image, negative = (value.strip() for value in values.values())
-    if not (prompt or image):
-        columns = ", ".join(map(str, row))[:200] or "nothing"
-        raise UsageError(f"{path}, line {line}: expected a `prompt` or an `image`, found neither (columns: {columns})")
-    longest = max(len(prompt), len(negative))
-    if longest > _MOST_CHARACTERS:
-        raise UsageError(
-            f"{path}, line {line}: a prompt of {longest:,} characters, of which no text encoder reads more than "
-            f"{_MOST_CHARACTERS:,}; write one prompt a line"
-        )
-    with located(f"{path}, line {line}"):
-        readable_text(f"{prompt} {negative}".translate(_SPACES))
-        usable_path(image or "none")
-    if image and not (path.parent / image).is_file():
-        raise UsageError(f"{path}, line {line}: no image {path.parent / image}; paths are relative to the file")
+def _condition(folder: Path, place: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> Condition:
+    cells = {key: value for key, value in row.items() if value not in (None, []) and str(value).strip()}
+    texts = {}
+    for role, column in {**columns, "negative_prompt": "negative_prompt"}.items():
+        if role == "image" and isinstance(cells.get(column), list):
+            continue  # several, for pipelines that take them
+        with located(f"column {column!r}"):
+            texts[role] = text_cell(cells.pop(column, None))
+    image = texts.get("image")
+    if image:
+        image_file = folder / usable_path(image)
+        if not image_file.is_file():
+            raise UsageError(f"no image {image_file}; paths are relative to the file")
     weights = {
-        key.removeprefix("weight").removeprefix("."): _weight(path, line, key, value)
-        for key, value in row.items()
+        key.removeprefix("weight").removeprefix("."): _number(key, cells.pop(key))
+        for key in [*cells]
         if key == "weight" or key.startswith("weight.")
     }
-    return Condition(prompt, path.parent / image if image else None, weights.pop("", 1.0), weights, negative or None)
+    seed = cells.pop("seed", None)
+    condition = Condition(
+        texts["prompt"],
+        image_file if image else None,
+        weights.pop("", 1.0),
+        weights,
+        texts["negative_prompt"] or None,
+        None if seed is None else _seed(seed),
+        cells,
+        place,
+        folder,
+    )
+    if not (condition.prompt or condition.image or cells):
+        there = ", ".join(map(str, row))[:200] or "nothing"
+        raise UsageError(f"expected a `prompt` or an `image`, found neither (columns: {there})")
+    return condition
 
 
-def _weight(path: Path, line: int, key: str, value: object) -> float:
-    if value is None or value == "":
-        return 1.0
+def _file(source: Source) -> Path:
+    if not isinstance(source, Path):
+        raise UsageError("first images come as files; unpack the shard")
+    return source
+
+
+def _seed(value: Any) -> int:
+    seed = _number("seed", value)
+    if seed != int(seed) or not 0 <= seed < 2**63:
+        raise UsageError(f"expected a whole number from 0 as `seed`, got {shown(value)}")
+    return int(value)
+
+
+def _number(key: str, value: Any) -> float:
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise UsageError(f"{path}, line {line}: expected a finite number as `{key[:60]}`, got {shown(value)}")
-    return weight
-
-
-# The formats.
-
-_SPACES = str.maketrans("\t\r\n", "   ")  # a cell may have several lines
-
-
-def _text_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield number, {"prompt": line}
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(io.StringIO(text), strict=True)
-    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a long cell may be in a column of others
-    try:
-        rows = [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise UsageError(
-            f"{path}, line {reader.line_num}: not CSV ({error}); close quotes, and double those inside"
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-    columns = list(reader.fieldnames or [])
-    if twice := [name for name in columns if columns.count(name) > 1]:
-        raise UsageError(f"{path} has two columns {shown(twice[0])}; give each a name of its own")
-    for line, row in rows:
-        if None in row:  # more cells than columns
-            raise UsageError(f'{path}, line {line}: write a prompt that has a comma in "double quotes"')
-        yield line, row
-
-
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except RecursionError:
-                raise UsageError(f"{path}, line {number}: nested too deeply; write one object a line") from None
-            except ValueError as error:  # not JSON, or a number of thousands of digits
-                raise UsageError(f"{path}, line {number}: not JSON ({error}); write one object a line") from None
-            if not isinstance(row, dict):
-                raise UsageError(f"{path}, line {number}: expected an object with a `prompt`, got {line.strip()[:40]}")
-            yield number, row
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"expected a finite number as `{key[:60]}`, got {shown(value)}")
+    return number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,15 @@ Content = Path | bytes
 Source = Path | Callable[[], Content | list[Content]]
 
 STILL_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+VIDEO_SUFFIXES = frozenset(
+    {
+        *(".3g2", ".3gp", ".asf", ".avi", ".f4v", ".flv", ".gif", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4"),
+        *(".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
+    }
+)
+MEDIA_SUFFIXES = STILL_SUFFIXES | VIDEO_SUFFIXES
+
+_NAMED = 3  # of each kind in a summary
 _STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM")
 
 
@@ -18,13 +27,14 @@ _STILL_MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM")
 class Row:
     """A sample of a data set: a caption, and a source for each role that the data set has.
 
-    Roles: `target`, always; `degraded`, `mask` (white where something is to be made), `control`, `image`, or a name of
-    the user's own.
+    Roles: `target`; `degraded`, `mask` (white where something is to be made), `control`, `image`, or a name of the
+    user's own. `identity` is equal for samples whose target is of the same footage.
     """
 
     name: str
     caption: str
     sources: Mapping[str, Source]
+    identity: Hashable = None
 
 
 class BadFile(Exception):
@@ -51,3 +61,14 @@ def is_still(content: Content) -> bool:
     if isinstance(content, Path):
         return content.suffix.lower() in STILL_SUFFIXES
     return content.startswith(_STILL_MAGIC) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
+
+
+def counted(named: Iterable[tuple[str, str]]) -> str:
+    """How many names there are with each reason, the most first, in one line: `2 hidden (.a.mp4, .b.mp4); 1 …`."""
+    names: dict[str, list[str]] = {}
+    for reason, name in named:
+        names.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{len(of)} {reason} ({', '.join(of[:_NAMED])}{', …' if len(of) > _NAMED else ''})"
+        for reason, of in sorted(names.items(), key=lambda item: -len(item[1]))
+    )

@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import UsageError
+from ..common.errors import UsageError, located
+from .listing import Listing
 from .source import BadFile, Content, Row
-from .videofolder import check_columns
+from .table_file import text_cell
+from .videofolder import METADATA, check_columns
 
 
 def is_saved_dataset(name: str) -> bool:
@@ -25,7 +27,24 @@ def is_one_split(name: str) -> bool:
     return (Path(name) / "state.json").is_file()
 
 
-def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", subset: str | None = None) -> list[Row]:
+def is_parquet_folder(name: str) -> bool:
+    """Tell whether it is a folder with parquet files that are not the metadata of others: a data set of the hub."""
+    if any((Path(name) / metadata).is_file() for metadata in METADATA):
+        return False
+    levels = ("*.parquet", "*/*.parquet")  # and not all of a large folder of videos
+    return any(path.stem != "metadata" for level in levels for path in Path(name).glob(level))
+
+
+def read_dataset(
+    name: str, columns: Mapping[str, str] | None = None, split: str = "train", subset: str | None = None
+) -> list[Row]:
+    """The samples of `list_dataset`."""
+    return list_dataset(name, columns, split, subset).rows
+
+
+def list_dataset(
+    name: str, columns: Mapping[str, str] | None = None, split: str = "train", subset: str | None = None
+) -> Listing:
     """Open a data set and list its rows; captions are read, videos are not.
 
     `Clips` then looks at each cell once: at the head and the end of a file that a path names, and at all of one that is
@@ -33,7 +52,7 @@ def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", su
 
     Args:
         name: Of the hub, or a folder: what `save_to_disk` wrote, or any that `load_dataset` reads.
-        columns: Which column holds what, as for `read_folder`. A cell is a video, a picture, a list of pictures
+        columns: Which column holds what, as for `list_folder`. A cell is a video, a picture, a list of pictures
             (frames) or a path (relative to the folder, if `name` is one).
         split: Such as `train`, or `train[:100]` where `load_dataset` does the reading. What `save_to_disk` wrote has
             only the splits that were saved, and a data set without splits is the whole of any (`is_one_split`).
@@ -73,14 +92,15 @@ def read_dataset(name: str, columns: Mapping[str, str], split: str = "train", su
         table = table.cast_column(column, _as_stored(datasets, table.features[column], f"{name}: {column!r} ({role})"))
     captions = table[caption] if caption else [""] * len(table)
     folder = Path(name) if Path(name).is_dir() else Path()
-    return [
-        Row(
-            f"{name}[{i}]",
-            text or "",
-            {role: partial(_cell, table, i, column, folder, f"{name}[{i}]") for role, column in chosen.items()},
-        )
-        for i, text in enumerate(captions)
-    ]
+    part = "" if is_one_split(name) else split
+    listing = Listing(unread=[c for c in table.column_names if c not in (caption, *chosen.values())])
+    for i, value in enumerate(captions):
+        row = f"{name}[{i}]"
+        with located(f"{row}, column {caption!r}"):
+            text = text_cell(value)
+        sources = {role: partial(_cell, table, i, column, folder, row) for role, column in chosen.items()}
+        listing.rows.append(Row(row, text, sources, (part, row)))
+    return listing
 
 
 def _as_stored(datasets: Any, feature: Any, what: str) -> Any:

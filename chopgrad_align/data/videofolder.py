@@ -1,100 +1,267 @@
-"""A local folder as a data set: video files or folders of frames, with or without a metadata file."""
+"""A local folder as a data set: video files or folders of frames, with their captions in any of the usual places."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ..common.arguments import nearest
-from ..common.errors import UsageError
-from .prompts import _csv_rows, _json_rows
-from .source import STILL_SUFFIXES, Row
+from ..common.arguments import nearest, readable_text
+from ..common.errors import UsageError, located
+from .captions import BESIDE, caption_of, files_beside
+from .listing import Listing
+from .shards import list_shards
+from .source import MEDIA_SUFFIXES, STILL_SUFFIXES, VIDEO_SUFFIXES, Row
+from .table_file import (
+    CAPTION_NAMES,
+    TABLE_SUFFIXES,
+    TARGET_NAMES,
+    Table,
+    column_of,
+    file_bytes,
+    file_text,
+    read_table,
+    text_cell,
+)
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".y4m"})
-COLUMNS = {"target": "file_name", "caption": "caption"}
-_METADATA = {"metadata.csv": _csv_rows, "metadata.jsonl": _json_rows}
+METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
+_VIDEO_LIST = "videos.txt"
+_CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 
 
 def read_folder(folder: str | Path, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """List a folder; no file is opened.
+    """The samples of `list_folder`."""
+    return list_folder(folder, columns).rows
 
-    With a `metadata.csv` (with a header) or `metadata.jsonl`, each of its rows is a sample. Without, each video file
-    below the folder is one, and each folder of pictures, without a caption.
+
+def list_folder(folder: str | Path, columns: Mapping[str, str] | None = None, pictures: bool = False) -> Listing:
+    """List a folder, a table or a shard; no video is opened.
+
+    Captions are taken from `metadata` with a suffix of `TABLE_SUFFIXES`, each row of which is a sample; from the lines
+    of `videos.txt` and `prompts.txt` (or `prompt.txt`, `captions.txt`); from shards (`.tar`) in the way of WebDataset;
+    or from a file beside each clip (`fox.mp4`, `fox.txt`). Each of them holds for the folder that it is in, and for
+    those below. Links are followed, into each folder once.
 
     Args:
-        folder: Holds the videos, in subfolders if you like.
-        columns: Which column (or key) holds what: `target` and `caption`, and any of `degraded`, `mask`, `control`,
-            `image`. Values are paths relative to the folder, to a video, a folder of frames or a picture. Default:
-            `file_name` is the target, and `caption` the caption, if there is such a column.
+        folder: Holds the videos, in subfolders if you like; or is itself a table, or a shard.
+        columns: Which column (or key) of a table holds what: `target` and `caption`, and any of `degraded`, `mask`,
+            `control`, `image`. Values are paths relative to the table, to a video, a folder of frames or a picture.
+            Without a `target` the samples have none. Default: the target and the caption, by their usual names.
+        pictures: Each picture is a sample, not each folder of them.
 
     Raises:
-        UsageError: No such folder, no videos, two metadata files or one that cannot be read, or a column that is not
-            there.
+        UsageError: No such folder, nothing in it, two places for captions, one that cannot be read, or a column that is
+            not there.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UsageError(f"no folder {folder}; give one that holds videos")
-    metadata = [folder / name for name in _METADATA if (folder / name).is_file()]
-    if len(metadata) > 1:
-        raise UsageError(f"{folder} holds metadata.csv and metadata.jsonl; remove one of them")
-    if metadata:
-        rows = list(_described(folder, metadata[0], columns))
-    elif columns:
-        raise UsageError(f"columns are given, and {folder} holds no metadata.csv or metadata.jsonl to have them")
+    if folder.is_file():
+        listing, described = _of_file(folder, columns), True
+    elif folder.is_dir():
+        listing, described = _of_folder(folder, columns, pictures)
     else:
-        found = sorted(_videos(folder))
-        rows = [Row(path.relative_to(folder).as_posix(), "", {"target": path}) for path in found]
-    if not rows:
-        raise UsageError(f"{folder} holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))}) and no folders of frames")
-    return rows
+        raise UsageError(f"no folder {folder}; give one that holds videos")
+    if columns and not described:
+        raise UsageError(f"columns are given, and {folder} holds no metadata.csv or metadata.jsonl to have them")
+    if not listing.rows:
+        what = "pictures" if pictures else "videos and no folders of frames"
+        kinds = ", ".join(sorted(STILL_SUFFIXES if pictures else VIDEO_SUFFIXES))
+        raise UsageError(f"{folder} holds no {what} ({kinds}): {listing.summary()}")
+    return listing
 
 
 def check_columns(columns: Mapping[str, str] | None, there: list[str], where: str) -> dict[str, str]:
-    """Complete the roles and look for their columns.
+    """Find the column of each role.
+
+    Args:
+        columns: As for `list_folder`.
+        there: The columns that there are.
+        where: Names the table in messages.
 
     Raises:
         UsageError: A column is not there; names the nearest.
     """
-    chosen = (
-        dict(columns)
-        if columns
-        else {role: column for role, column in COLUMNS.items() if role != "caption" or column in there}
-    )
-    if "target" not in chosen:
-        raise UsageError(f"columns: expected one for the role 'target', got {chosen}")
-    for role, column in chosen.items():
-        if column not in there:
+    if not columns:
+        usual = {"target": TARGET_NAMES, "caption": CAPTION_NAMES}
+        found = {role: column_of(role, names, there, where) for role, names in usual.items()}
+        if found["target"] is None:
+            raise UsageError(
+                f"{where} has no column for the target ({', '.join(TARGET_NAMES)}): name it as "
+                f"data.clips.columns.target. It has: {', '.join(there)}"
+            )
+        return {role: column for role, column in found.items() if column is not None}
+    chosen = {}
+    for role, column in columns.items():
+        same = [name for name in there if name == column] or [n for n in there if n.casefold() == column.casefold()]
+        if len(same) != 1:
             hint = nearest(column, there)
             raise UsageError(f"{where} has no column {column!r} for {role}{hint}. It has: {', '.join(there)}")
+        chosen[role] = same[0]
+    if chosen.keys() <= {"caption"}:
+        raise UsageError(f"columns: expected one for a role with files, such as 'target', got {chosen}")
     return chosen
 
 
-def _described(folder: Path, file: Path, columns: Mapping[str, str] | None) -> Iterator[Row]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}; save it as UTF-8") from None
-    chosen: dict[str, str] | None = None
-    for line, values in _METADATA[file.name](file, text):
-        if chosen is None or not values.keys() >= set(chosen.values()):
-            chosen = check_columns(columns, [str(key) for key in values], f"{file}, line {line},")
-        given = {role: values[column] for role, column in chosen.items()}
-        caption = given.pop("caption", None) or ""
-        for role, value in given.items():
-            if not isinstance(value, str) or not value.strip():
-                raise UsageError(f"{file}, line {line}: expected a path as {chosen[role]!r}, got {value!r}")
-        yield Row(
-            given["target"], str(caption).strip(), {role: folder / value.strip() for role, value in given.items()}
+def _of_file(path: Path, columns: Mapping[str, str] | None) -> Listing:
+    if path.suffix.lower() == ".tar":
+        return list_shards([path])
+    return _of_table(read_table(path), columns)
+
+
+def _of_folder(root: Path, columns: Mapping[str, str] | None, pictures: bool) -> tuple[Listing, bool]:
+    """The list of a folder, and whether there was a table that has columns."""
+    files_of, left_out = _search(root)
+    listing, beside = Listing(), Listing()
+    described: dict[Path, list[Path]] = {}
+    used: set[Path] = set()
+    for folder, files in files_of.items():
+        if any(folder.is_relative_to(other) for other in described):
+            continue
+        if found := _captions_for(folder, [path.name for path in files]):
+            described[folder] = found
+            part = _of_lists(*found) if len(found) == 2 else _of_file(found[0], columns)
+            listing.add(_below(part, folder.relative_to(root)))
+            used.update(found)
+            used.update(source for row in part.rows for source in row.sources.values() if isinstance(source, Path))
+        elif tars := [path for path in files if path.suffix.lower() == ".tar"]:
+            listing.add(_below(list_shards(tars), folder.relative_to(root)))
+            used.update(tars)
+        else:
+            for clip in _clips(folder, files, pictures):
+                texts = files_beside(clip)
+                name = clip.relative_to(root).as_posix()
+                caption = caption_of({suffix: file_bytes(path) for suffix, path in texts.items()}, name)
+                beside.rows.append(Row(name, caption, {"target": clip}, clip.resolve()))
+                used |= {clip, *texts.values()}
+    beside.rows.sort(key=lambda row: Path(row.name))
+    beside.add(listing)
+    beside.left_out += left_out
+    for folder, files in files_of.items():
+        by = next((found[0].name for other, found in described.items() if folder.is_relative_to(other)), None)
+        for path in files:
+            if not used & {path, *path.parents}:
+                beside.left_out.append((_why_not(path, by), path.relative_to(root).as_posix()))
+    return beside, any(len(found) == 1 for found in described.values())
+
+
+def _why_not(path: Path, described_by: str | None) -> str:
+    suffix = path.suffix.lower()
+    if suffix in MEDIA_SUFFIXES:
+        return "beside videos" if described_by is None else f"not named in {described_by}"
+    if suffix in TABLE_SUFFIXES and suffix != ".json":
+        return "tables of another name than metadata"
+    if suffix in BESIDE and described_by is None:
+        return "texts without a clip of their name"
+    return f"of a kind that is not read, {suffix or 'without a suffix'}"
+
+
+def _search(root: Path) -> tuple[dict[Path, list[Path]], list[tuple[str, str]]]:
+    """The files of each folder below one, and what else there is: why it is left out, and its name."""
+    files_of: dict[Path, list[Path]] = {}
+    left_out: list[tuple[str, str]] = []
+    seen = {root.resolve()}  # a link can lead back
+    waiting = [root]
+    while waiting:
+        folder, below = waiting.pop(), []
+        files_of[folder] = []
+        try:
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            left_out.append((f"unreadable, {error.strerror}", folder.relative_to(root).as_posix()))
+            continue
+        for entry in entries:
+            reason = None
+            if entry.name.startswith("."):
+                reason = "hidden"
+            elif entry.is_dir():
+                if entry.resolve() in seen:
+                    reason = "links to a folder that is listed already"
+                else:
+                    seen.add(entry.resolve())
+                    below.append(entry)
+            elif entry.is_file():
+                files_of[folder].append(entry)
+            else:
+                reason = "links to nothing" if entry.is_symlink() else "neither files nor folders"
+            if reason:
+                left_out.append((reason, entry.relative_to(root).as_posix()))
+        waiting += reversed(below)
+    return files_of, left_out
+
+
+def _captions_for(folder: Path, names: Collection[str]) -> list[Path]:
+    """The table of a folder, or its lists of videos and of captions; empty if it has neither.
+
+    Raises:
+        UsageError: It has several.
+    """
+    tables = [name for name in METADATA if name in names]
+    lists = [name for name in _CAPTION_LISTS if name in names] if _VIDEO_LIST in names else []
+    if _VIDEO_LIST in names and not lists:
+        raise UsageError(f"{folder} holds {_VIDEO_LIST} and no {' or '.join(_CAPTION_LISTS)}; add one, line by line")
+    if len(found := tables + lists) > 1:
+        raise UsageError(f"{folder} holds {' and '.join(found)}; remove one of them")
+    return [folder / name for name in ([_VIDEO_LIST, *lists] if lists else tables)]
+
+
+def _of_lists(videos: Path, captions: Path) -> Listing:
+    """The clips of two files with a line for each: a path, and a caption."""
+    paths, texts = ([line.strip() for line in file_text(path).split("\n")] for path in (videos, captions))
+    for lines in (paths, texts):
+        while lines and not lines[-1]:  # a text editor adds such lines, and takes them away
+            lines.pop()
+    if len(paths) != len(texts):
+        raise UsageError(
+            f"{videos} has {len(paths)} lines, and {captions.name} {len(texts)}: line by line a clip and its caption"
         )
+    listing = Listing()
+    for line, (path, text) in enumerate(zip(paths, texts, strict=True), 1):
+        with located(f"{videos}, line {line}"):
+            source = videos.parent / _path("path", path)
+        with located(f"{captions}, line {line}"):
+            listing.rows.append(Row(path, text_cell(text), {"target": source}, source.resolve()))
+    return listing
 
 
-def _videos(folder: Path) -> Iterator[Path]:
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    files = [entry for entry in entries if entry.suffix.lower() in VIDEO_SUFFIXES and not entry.is_dir()]
-    yield from files
+def _of_table(table: Table, columns: Mapping[str, str] | None) -> Listing:
+    if not table.rows:
+        raise UsageError(f"{table.path} has no rows; write one for each clip")
+    chosen = check_columns(columns, table.columns, str(table.path))
+    listing = Listing(unread=[column for column in table.columns if column not in chosen.values()])
+    folder = table.path.parent
+    for place, cells in table.rows:
+        with located(table.named(place)):
+            sources = {}
+            for role, column in chosen.items():
+                if role != "caption":
+                    sources[role] = folder / _path(column, cells[column])
+            with located(f"column {chosen.get('caption')!r}"):
+                caption = text_cell(cells[chosen["caption"]]) if "caption" in chosen else ""
+            lead = next(iter(sources))
+            name = cells[chosen["target" if "target" in chosen else lead]].strip()
+            identity = sources["target"].resolve() if "target" in sources else None
+            listing.rows.append(Row(name, caption, sources, identity))
+    return listing
+
+
+def _path(column: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"expected a path as {column!r}, got {value!r}")
+    return readable_text(value.strip())
+
+
+def _clips(folder: Path, files: list[Path], pictures: bool) -> list[Path]:
+    stills = [path for path in files if path.suffix.lower() in STILL_SUFFIXES]
+    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+    if pictures:
+        return stills
     # Pictures beside videos are not a video's frames.
-    if not files and any(entry.suffix.lower() in STILL_SUFFIXES for entry in entries):
-        yield folder
-    for entry in entries:
-        if entry.is_dir():
-            yield from _videos(entry)
+    return videos or ([folder] if stills else [])
+
+
+def _below(listing: Listing, folder: Path) -> Listing:
+    """The same list with names from further up."""
+    if folder == Path():
+        return listing
+    rows = [replace(row, name=(folder / row.name).as_posix()) for row in listing.rows]
+    return replace(listing, rows=rows, left_out=[(why, (folder / n).as_posix()) for why, n in listing.left_out])

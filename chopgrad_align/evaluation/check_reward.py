@@ -10,39 +10,47 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import UsageError
+from ..common.loading import failing_as_usage_error
 from ..common.storage_count import StorageCount
 from ..data import procedural
 from ..data.video import read_video
-from ..objective.reward import FrameReward, Reward, SampledReward
+from ..objective.reward import Reward, SampledReward
 from ..objective.reward.checking import scores_and_gradient
 from ..objective.reward.protocol import frames_read, score
 
-_STEPS = (0.03, 0.01, 0.003, 0.001)  # of pixels in [0, 1]
-_DIRECTIONS = 4
+# Of pixels in [0, 1]; the small ones would drown in float32.
+_STEPS = {torch.float32: (0.03, 0.01, 0.003, 0.001), torch.float64: (3e-4, 1e-4, 3e-5, 1e-5)}
+_DIRECTIONS = 3
 _BLOCK = 8  # pixels
 _TOLERANCE = 0.05
+_COARSER = 0.5  # error that the step before may have: a smooth score comes near bit by bit
+_FEW = 4  # frames, where so many do
 _SEEDS = [0, 1]  # of random frames
 
 
-def clip(path: str | None, prompt: str | None) -> tuple[Tensor, str]:
-    """A video file with its prompt; without one, a clip made by a formula, with its caption if no prompt is given.
+def clip(path: str | None, prompt: str | None) -> tuple[Tensor, str, float]:
+    """A video file, its prompt and frames a second; without a file, a clip made by a formula, with its caption if no
+    prompt is given.
 
     Raises:
         UsageError: The file cannot be read or has no prompt.
     """
     if path is None:
         scene = procedural.Scene("red", "star", "large", "striped", "spinning", "grass")
-        return procedural.render(scene, seed=0).transpose(0, 1), scene.caption if prompt is None else prompt
+        video = procedural.render(scene, seed=0, frames=9).transpose(0, 1)
+        return video, scene.caption if prompt is None else prompt, 8.0
     if prompt is None:
         raise UsageError(f"what does {path} show? Give --prompt too (any, if the reward reads none)")
-    return read_video(path)[0], prompt
+    video, fps = read_video(path)
+    return video, prompt, fps
 
 
 def examine(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> Iterator[tuple[str, str]]:
     """Check a reward on a clip, the cheap things first; yields what was looked at and what was found.
 
-    The clip, and its mirror image backwards in time with another prompt, are the two samples of a batch. Their pixels
-    are first moved away from 0 and 1, at which rewards may clamp.
+    The two samples of a batch are the clip and one that is unlike it in all that a reward may be blind for: mirrored,
+    backwards, half as fast, in other colours, darker and flatter, with another prompt. Their pixels are away from 0 and
+    1, at which rewards may clamp.
 
     Args:
         reward: On the device of the video.
@@ -55,19 +63,22 @@ def examine(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> Ite
     """
     count, _, height, width = video.shape
     yield "clip", f"{count} frames of {height}x{width} on {video.device}"
-    inner = 0.1 + 0.8 * video
-    samples = torch.stack([inner, inner.flip(0, 3)])
+    samples = torch.stack([0.1 + 0.8 * video, _unlike(video)])
 
-    scores, gradient = scores_and_gradient(reward, name, samples, prompts)
+    scores, gradient = _undisturbed(reward, name, samples, prompts)
     with torch.no_grad():
         own = score(reward, video[None], prompts[:1], _SEEDS[:1])
     yield (
         "score",
-        f"{own.item():.6g} (with less contrast {scores[0]:.6g}; mirrored, with another prompt {scores[1]:.6g})",
+        f"{own.item():.6g} (with less contrast {scores[0]:.6g}; of another video, with another prompt {scores[1]:.6g})",
     )
-    _expect_samples_alone(reward, name, samples, prompts, scores)
+    _expect_a_function(reward, name, samples, prompts, scores)
+    _expect_samples_alone(reward, name, samples, prompts, scores, gradient)
     yield "contract", "one score a sample, that of its own video and prompt, the same in each call"
     yield "gradient", _reach(reward, name, gradient)
+    few = samples[:1, : _few(reward, samples[:1], prompts[:1])]
+    _expect_finite(reward, name, few, prompts[:1])
+    yield "black, grey, white", "scores and gradients are finite"
     use = measure(reward, samples[:1], prompts[:1])
     yield "memory", f"{_bytes(use.peak)} at {count} frames, {_bytes(use.each)} for each more, forward and backward"
     yield "time", f"{use.seconds / count:.3g} s a frame, forward and backward"
@@ -78,27 +89,99 @@ def examine(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> Ite
         gain = ascent(reward, name, samples[:1], prompts[:1])
         yield "ascent", f"a step of 1/255 along the gradient, an approximation, raises the score by {gain:.3g}"
         return
-    error, step = finite_differences(reward, name, samples[:1], prompts[:1])
+    error, step = finite_differences(reward, name, few, prompts[:1])
     yield "finite differences", f"{_DIRECTIONS} random directions, relative error {error:.1e} (steps of {step:g})"
 
 
-def _expect_samples_alone(reward: Reward, name: str, samples: Tensor, prompts: list[str], scores: Tensor) -> None:
+def _unlike(video: Tensor) -> Tensor:
+    """Another video of this size, in [0.15, 0.7], that shares with `video` no mean, spread, colour, order or speed."""
+    times = torch.linspace(len(video) / 2, 0, len(video), device=video.device).clamp(max=len(video) - 1)
+    before = times.long()
+    part = (times - before).view(-1, 1, 1, 1).to(video)
+    slow = video[before] * (1 - part) + video[(before + 1).clamp(max=len(video) - 1)] * part
+    return 0.15 + 0.55 * slow.flip(3).roll(1, 1).square()
+
+
+def _undisturbed(reward: Reward, name: str, samples: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Scores and gradient, of a call that changes nothing but these."""
+    torch.rand(())  # a seed that was set before would set the same state
+    given, texts, random = samples.clone(), list(prompts), torch.get_rng_state()
+    found = scores_and_gradient(reward, name, samples, texts)
+    if not torch.equal(samples, given) or texts != prompts:
+        raise UsageError(
+            f"reward {name!r} changes the {'prompts' if texts != prompts else 'video'} that it is given, which other "
+            "rewards read after it: work on a copy, without functions in place such as `clamp_`"
+        )
+    if not torch.equal(torch.get_rng_state(), random):
+        raise UsageError(
+            f"reward {name!r} draws from torch's global random numbers, or seeds them, which changes the videos of a "
+            "run: put it into eval mode, let it draw frames by `frames: {random: n}` alone, or give it a generator of "
+            "its own"
+        )
+    return found
+
+
+def _expect_a_function(reward: Reward, name: str, samples: Tensor, prompts: list[str], scores: Tensor) -> None:
     with torch.no_grad():
         again = score(reward, samples, prompts, _SEEDS)
-        alone = [score(reward, samples[b : b + 1], prompts[b : b + 1], _SEEDS[b : b + 1]) for b in (0, 1)]
-    lone = torch.cat(alone)
-    if ((again - scores).abs() > 1e-4 * scores.abs()).any():
+    if ((again - scores).abs() > _rounding(reward, scores)).any():
         raise UsageError(
             f"reward {name!r} is not a function of its arguments: the same videos scored {scores.tolist()} and then "
-            f"{again.tolist()}; put it into eval mode, and let it draw frames by `frames: {{random: n}}` alone"
+            f"{again.tolist()}; put it into eval mode, keep nothing from call to call, and let it draw frames by "
+            "`frames: {random: n}` alone"
         )
-    # The size of a batch changes rounding, in half precision by a few thousandths.
-    allowed = 5e-3 * lone.abs() + 0.05 * (lone[0] - lone[1]).abs()
+
+
+def _expect_samples_alone(
+    reward: Reward, name: str, samples: Tensor, prompts: list[str], scores: Tensor, gradient: Tensor
+) -> None:
+    with torch.no_grad():
+        alone = [score(reward, samples[b : b + 1], prompts[b : b + 1], _SEEDS[b : b + 1]) for b in (0, 1)]
+    lone = torch.cat(alone)
+    allowed = _rounding(reward, lone) + 0.02 * (lone[0] - lone[1]).abs()
     if ((lone - scores).abs() > allowed).any():
         raise UsageError(
             f"reward {name!r} must score sample b against prompts[b] whatever else is in the batch: two samples scored "
             f"{scores.tolist()} together, {lone.tolist()} one by one; look for prompts[0], and for sums over the batch"
         )
+    _, own = scores_and_gradient(reward, name, samples[:1], prompts[:1])
+    off = ((gradient[:1] - own).double().norm() / own.double().norm()).item()
+    if off > 0.1:
+        raise UsageError(
+            f"reward {name!r} must score each sample by itself: in a batch of two the gradient of the first differs "
+            f"from the one that it has alone (relative error {off:.1e}); look for sums over the batch"
+        )
+
+
+def _rounding(reward: Reward, scores: Tensor) -> Tensor:
+    """How far equal scores may differ: the size of a batch changes the order of sums."""
+    weights = reward.parameters() if isinstance(reward, nn.Module) else ()
+    half = any(weight.element_size() < 4 for weight in weights)
+    return (5e-3 if half else 1e-4) * scores.abs()
+
+
+def _expect_finite(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> None:
+    for colour, level in (("black", 0.0), ("grey", 0.5), ("white", 1.0)):
+        flat = torch.full_like(video, level).requires_grad_()
+        with failing_as_usage_error(f"reward {name!r}, on a {colour} video,"):
+            found = score(reward, flat, prompts, _SEEDS[:1])
+        (gradient,) = torch.autograd.grad(found.sum(), flat, allow_unused=True)
+        if not found.isfinite().all() or not (gradient is None or gradient.isfinite().all()):
+            what = "score" if not found.isfinite().all() else "gradient"
+            raise UsageError(
+                f"reward {name!r} has a {what} that is not finite on a {colour} video, as a model may make one: give "
+                "roots, logarithms and quotients an epsilon"
+            )
+
+
+def _few(reward: Reward, video: Tensor, prompts: list[str]) -> int:
+    """How many frames do for what needs no more: a few; all, if the reward takes no fewer."""
+    try:
+        with torch.no_grad():
+            score(reward, video[:, :_FEW], prompts, _SEEDS[:1])
+    except Exception:  # what a reward raises for too few is its own affair
+        return video.shape[1]
+    return _FEW
 
 
 def _reach(reward: Reward, name: str, gradient: Tensor) -> str:
@@ -137,50 +220,75 @@ def _spans(frames: list[int]) -> str:
 def finite_differences(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> tuple[float, float]:
     """Compare the gradient with central differences along random directions.
 
-    Directions are blocks of 8x8 pixels of random sign: what single pixels change drowns in float32 rounding. Modules
-    are cast to float32, and stay so.
+    Directions are blocks of 8x8 pixels of random sign: what single pixels change drowns in float32 rounding. Small
+    steps are taken in float64, if the reward can. Modules are cast to these types, and stay so.
 
     Args:
-        video: `(1, F, 3, H, W)`, at least 0.03 away from 0 and 1. Of a `FrameReward` four frames are looked at.
+        video: `(1, F, 3, H, W)`, at least 0.03 away from 0 and 1.
 
     Returns:
-        The least relative error, of all directions together, and its step, in units of pixels.
+        The relative error, of all directions together, at the coarsest step that will do, and this step, in units of
+        pixels.
 
     Raises:
-        UsageError: They disagree by more than 5 % at every step.
+        UsageError: They disagree by more than 5 % at every step, or agree at a small one all of a sudden, as they do
+            where a score jumps.
     """
-    if isinstance(reward, nn.Module):
-        reward.float()
-    video = video[:, :4] if isinstance(reward, FrameReward) else video
-    _, gradient = scores_and_gradient(reward, name, video, prompts)
-    generator = torch.Generator().manual_seed(0)
-    directions = []
-    for _ in range(_DIRECTIONS):
-        coarse = (*video.shape[:3], *(-(-side // _BLOCK) for side in video.shape[3:]))
-        signs = torch.randint(2, coarse, generator=generator).to(video) * 2 - 1
-        blocks = signs.repeat_interleave(_BLOCK, 3).repeat_interleave(_BLOCK, 4)
-        directions.append(blocks[..., : video.shape[3], : video.shape[4]])
-    slopes = torch.stack([(gradient.double() * direction.double()).sum() for direction in directions])
-
-    errors = []
-    for step in _STEPS:
-        with torch.no_grad():
-            above, below = (
-                torch.cat([score(reward, video + sign * step * d, prompts, _SEEDS[:1]) for d in directions]).double()
-                for sign in (1, -1)
-            )
-        differences = (above - below) / (2 * step)
-        errors.append(((differences - slopes).norm() / slopes.norm()).item())
-        if errors[-1] <= _TOLERANCE / 5:  # good enough: smaller steps are nearer to rounding
-            break
-    if min(errors) <= _TOLERANCE:
-        return min(errors), _STEPS[errors.index(min(errors))]
+    before, best = 0.0, None
+    for found in _comparisons(reward, name, video, prompts):
+        if found.error <= _TOLERANCE and before <= _COARSER:
+            return found.error, found.step
+        before = found.error
+        best = found if best is None or found.error < best.error else best
+    assert best is not None
     raise UsageError(
         f"reward {name!r} has a gradient that is not that of its score: along random directions it says "
-        f"{_numbers(slopes)}, differences of the score say {_numbers(differences)} (relative error {min(errors):.1e}): "
-        "look for detach, round, no_grad, and for operations with a backward pass of their own; if it is meant to be "
-        "an approximation, derive from FrameReward or SampledReward and set `exact_gradient = False` in the class"
+        f"{_numbers(best.slopes)}, differences of the score say {_numbers(best.differences)} (relative error "
+        f"{best.error:.1e}): look for detach, round, no_grad, and for operations with a backward pass of their own; if "
+        "it is meant to be an approximation, derive from FrameReward or SampledReward and set `exact_gradient = False` "
+        "in the class"
     )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Slopes along the directions by the gradient, and by differences over a step."""
+
+    step: float
+    slopes: Tensor
+    differences: Tensor
+
+    @property
+    def error(self) -> float:
+        return ((self.differences - self.slopes).norm() / self.slopes.norm()).item()
+
+
+def _comparisons(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> Iterator[_Comparison]:
+    generator = torch.Generator().manual_seed(0)
+    coarse = (_DIRECTIONS, *video.shape[1:3], *(-(-side // _BLOCK) for side in video.shape[3:]))
+    signs = torch.randint(2, coarse, generator=generator).to(video.device) * 2 - 1
+    blocks = signs.repeat_interleave(_BLOCK, 3).repeat_interleave(_BLOCK, 4)
+    directions = blocks[..., : video.shape[3], : video.shape[4]].unsqueeze(1)
+    for dtype, steps in _STEPS.items():
+        if isinstance(reward, nn.Module):
+            reward.to(dtype)
+        video = video.to(dtype)
+        try:
+            _, gradient = scores_and_gradient(reward, name, video, prompts)
+        except UsageError:
+            if dtype == torch.float32:
+                raise
+            return  # not every reward computes in float64
+        slopes = (gradient.double() * directions).flatten(1).sum(1)
+        for step in steps:
+            with torch.no_grad():
+                above, below = (
+                    torch.cat(
+                        [score(reward, video + sign * step * d, prompts, _SEEDS[:1]) for d in directions]
+                    ).double()
+                    for sign in (1, -1)
+                )
+            yield _Comparison(step, slopes, (above - below) / (2 * step))
 
 
 def ascent(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> float:
@@ -216,35 +324,39 @@ class Use:
 
 def measure(reward: Reward, video: Tensor, prompts: list[str]) -> Use:
     """Time and memory of a forward and a backward pass, and from a clip twice as long what a further frame takes."""
-    seconds, peak = _run(reward, video, prompts)
-    _, longer = _run(reward, torch.cat([video, video], 1), prompts)
+    seconds = _seconds(reward, video, prompts)
+    peak, longer = (_peak(reward, v, prompts) for v in (video, torch.cat([video, video], 1)))
     count, each_pixels = video.shape[1], video[0, 0].nbytes
     # The clip itself too; never less than it and its gradient.
     return Use(seconds, peak + video.nbytes, max((longer - peak) / count, each_pixels) + each_pixels)
 
 
-def _run(reward: Reward, video: Tensor, prompts: list[str]) -> tuple[float, float]:
-    """Seconds, and peak of bytes."""
+def _forward_backward(reward: Reward, video: Tensor, prompts: list[str]) -> None:
+    leaf = video.detach().requires_grad_()
+    torch.autograd.grad(score(reward, leaf, prompts, _SEEDS[:1]).sum(), leaf)
 
-    def forward_backward() -> None:
-        leaf = video.detach().requires_grad_()
-        torch.autograd.grad(score(reward, leaf, prompts, _SEEDS[:1]).sum(), leaf)
 
+def _seconds(reward: Reward, video: Tensor, prompts: list[str]) -> float:
     cuda = video.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(video.device)
-        torch.cuda.reset_peak_memory_stats(video.device)
-        before = torch.cuda.memory_allocated(video.device)
     start = time.perf_counter()
-    forward_backward()
+    _forward_backward(reward, video, prompts)
     if cuda:
         torch.cuda.synchronize(video.device)
-    seconds = time.perf_counter() - start
-    if cuda:
-        return seconds, torch.cuda.max_memory_allocated(video.device) - before
+    return time.perf_counter() - start
+
+
+def _peak(reward: Reward, video: Tensor, prompts: list[str]) -> float:
+    """Bytes."""
+    if video.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(video.device)
+        before = torch.cuda.memory_allocated(video.device)
+        _forward_backward(reward, video, prompts)
+        return torch.cuda.max_memory_allocated(video.device) - before
     with StorageCount() as storage:  # slower, hence apart
-        forward_backward()
-    return seconds, storage.peak
+        _forward_backward(reward, video, prompts)
+    return storage.peak
 
 
 def _available(device: torch.device) -> int:

@@ -1,7 +1,8 @@
-"""Score video files by a reward, one after the other."""
+"""Score video files by a reward, one after the other, of each the frames that it reads."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,12 @@ from statistics import fmean, stdev
 
 import torch
 
-from ..common.errors import UsageError
-from ..data.prompts import read_rows
-from ..data.video import read_video
+from ..common.errors import UsageError, located
+from ..data.source import VIDEO_SUFFIXES, BadFile
+from ..data.table_file import file_text, read_table, text_cell
+from ..data.video_file import VideoFile
 from ..objective.reward import Reward
-from ..objective.reward.protocol import check_scores, score
-
-_SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
+from ..objective.reward.protocol import at_fps, check_scores, frames_read, score_chosen
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Scored:
-    """A clip and its score, or why it has none."""
+    """A clip and its score, or why it has none, or none that is a number."""
 
     clip: Clip
     score: float | None
@@ -40,7 +40,7 @@ def find_clips(videos: Sequence[Path], tables: Sequence[Path], prompt: str | Non
 
     Args:
         videos: Video files, and folders of them, which are searched through all levels, in the order of their names.
-        tables: CSV or JSONL files with the columns (keys) `video`, a path relative to the file, and `prompt`.
+        tables: Files that `read_table` reads, with the columns `video`, a path relative to the file, and `prompt`.
         prompt: Of all files that have none of their own. A table's row has its column, a file `a.mp4` a text file
             `a.txt` beside it.
 
@@ -49,30 +49,24 @@ def find_clips(videos: Sequence[Path], tables: Sequence[Path], prompt: str | Non
     """
     clips = []
     for path in videos:
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES) if path.is_dir() else [path]
         if not found:
-            raise UsageError(f"{path} holds no video ({', '.join(sorted(_SUFFIXES))})")
+            raise UsageError(f"{path} holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
         for video in found:
             beside = video.with_suffix(".txt")
-            own = _text(beside) if beside.is_file() else prompt
+            own = file_text(beside).strip() if beside.is_file() else prompt
             clips.append(Clip(video, _given(own, str(video))))
     for table in tables:
-        for line, row in read_rows(table):
+        read = read_table(table)
+        for place, row in read.rows:
             if not isinstance(row.get("video"), str) or not row["video"]:
-                columns = ", ".join(map(str, row)) or "nothing"
-                raise UsageError(f"{table}, line {line}: expected a path as `video` (columns: {columns})")
+                columns = ", ".join(read.columns) or "nothing"
+                raise UsageError(f"{read.named(place)}: expected a path as `video` (columns: {columns})")
             own = row.get("prompt")
-            clips.append(
-                Clip(table.parent / row["video"], _given(prompt if own is None else own, f"{table}, line {line}"))
-            )
+            with located(read.named(place)):
+                text = prompt if own is None else text_cell(own)
+            clips.append(Clip(table.parent / row["video"], _given(text, read.named(place))))
     return clips
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the prompt in {path}: {error}; save it as UTF-8") from error
 
 
 def _given(prompt: str | None, whose: str) -> str:
@@ -87,31 +81,38 @@ def _given(prompt: str | None, whose: str) -> str:
 def score_clips(reward: Reward, name: str, clips: Sequence[Clip], device: torch.device) -> Iterator[Scored]:
     """Score clip after clip, without a gradient; a file that cannot be read is handed back with the reason.
 
-    Random frames are the same each time.
+    Rewards that depend on the frames a second get those of the file, unless they were told others. Only the frames that
+    the reward reads are kept, a chunk at a time where they are scored alone. Random frames are the same each time.
 
     Raises:
         UsageError: Scores that break the contract of rewards.
     """
     for clip in clips:
         try:
-            video, _ = read_video(clip.video)
-        except UsageError as error:
-            yield Scored(clip, None, str(error))
-            continue
-        with torch.no_grad():
-            scores = score(reward, video[None].to(device), [clip.prompt], [0])
-        yield Scored(clip, check_scores(f"reward {name!r}", scores, 1).item())
+            yield _score(reward, name, clip, device)
+        except BadFile as bad:
+            yield Scored(clip, None, f"cannot read the video {bad}; give an mp4, webm or mov file")
+
+
+@torch.no_grad()  # nothing is trained
+def _score(reward: Reward, name: str, clip: Clip, device: torch.device) -> Scored:
+    file = VideoFile.open(clip.video, str(clip.video), background=0.0)
+    reward = at_fps(reward, file.fps)
+    (read,) = frames_read(reward, max(1, round(file.seconds * file.fps)), [0])
+    frames = (frame.to(device) for frame in file.frames_at([number / file.fps for number in read]))
+    value = check_scores(f"reward {name!r}", score_chosen(reward, frames, clip.prompt), 1).item()
+    return Scored(clip, value, "" if math.isfinite(value) else f"the score of {clip.video} is {value}, not a number")
 
 
 def summary(results: Sequence[Scored]) -> str:
-    """Mean and standard error of the scores, and the files that could not be read, in words."""
-    scores = [scored.score for scored in results if scored.score is not None]
+    """Mean and standard error of the scores, and the files that have none, in words."""
+    scores = [scored.score for scored in results if scored.score is not None and not scored.reason]
     text = f"{len(scores)} scored"
     if scores:
         text += f", mean {fmean(scores):.5g}"
     if len(scores) > 1:
         text += f" ± {stdev(scores) / len(scores) ** 0.5:.2g} (standard error)"
-    failed = [scored for scored in results if scored.score is None]
+    failed = [scored for scored in results if scored.reason]
     if failed:
-        text += f"; {len(failed)} not read:" + "".join(f"\n  {scored.reason}" for scored in failed)
+        text += f"; {len(failed)} not scored:" + "".join(f"\n  {scored.reason}" for scored in failed)
     return text

@@ -41,6 +41,12 @@ def table(figures: Figures) -> str:
     return "\n".join([*lines, f"of the device, {sum(figures.resident.values()) / _GIB:.1f} stay: {resident}"])
 
 
+def as_it_is(figures: Figures) -> str:
+    """The peak of a run whose settings stay what they are, in one line."""
+    host = f", and {figures.host / _GIB:.1f} GiB of host memory" if figures.host >= _GIB / 20 else ""
+    return f"{figures.peak / _GIB:.1f} GiB of the device, in the phase '{figures.largest}'{host}"
+
+
 def in_words(plan: Plan, given: Mapping[str, Any], overrides: Sequence[str] = ()) -> str:
     """The table of the chosen setting and its fragment, or of the setting that needs the least and what would help."""
     limit = f"{plan.limit / _GIB:.1f} GiB"

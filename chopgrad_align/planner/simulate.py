@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from ..common.errors import UsageError
 from ..common.storage_count import StorageCount
+from ..data.buckets import Bucket
 from ..decoding.backprop import Backprop
 from ..decoding.selected_frames import decode_selected_frames
 from ..objective.losses.protocol import FrameLoss
 from ..objective.objective import Objective
 from ..objective.reward import FrameReward
 from ..objective.statistics import Statistics
+from ..sampling.call_shape import as_taken
 from ..training.average import Average
 from ..training.build import Models, load_models, make_method
 from ..training.config import Clips, Config
@@ -32,11 +34,15 @@ from ..training.encoded_prompts import release_text_encoders, text_encoders
 from ..training.methods.protocol import MicroBatch
 from ..training.methods.streaming import can_stream
 from ..training.optimizers import make_optimizer
-from .stand_ins import known_models, write_hub, write_pipeline
+from .stand_ins import embeddings, known_models, write_hub, write_pipeline
 from .weightless import Simulation, make_weightless, simulated, weightless
 
 _SECTIONS = {"reward": "rewards", "loss": "losses"}
 """Section of a config, by the kind of a term."""
+
+
+_FOUND: dict[str, Any] = {"components": {}, "pipeline": None, "revision": None, "variant": None}
+"""Where the parts of a model come from, if from one folder."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,9 @@ def simulate(config: Config, limit: float = math.inf) -> Figures:
             write_pipeline(known_models()[name], folder)
             name = str(folder)
         with weightless(mode, hub):
-            # Fused LoRAs change no shape.
-            config = replace(config, model=replace(config.model, name=name, loras={}))  # type: ignore[type-var]
+            # Fused LoRAs change no shape; the stand-in is the whole pipeline already.
+            own: dict[str, Any] = {"loras": {}} | ({} if name == config.model.name else _FOUND)
+            config = replace(config, model=replace(config.model, name=name, **own))  # type: ignore[type-var]
             loaded = load(config, mode)
             make_weightless(mode, loaded.models.objective)
             with simulated(mode, loaded.models.pipe.scheduler), _refusals(loaded.models.pipe):
@@ -208,7 +215,9 @@ class Loaded:
 def load(config: Config, new_weights: AbstractContextManager[Any] | None = None) -> Loaded:
     """Load what a run trains with, as the trainer does; `new_weights` is the context in which its LoRA is made."""
     with _shapes_of_default_checkpoints_only():
-        models = load_models(config, torch.device("cpu"), [{**config.model.call, **_shape(config)}], new_weights)
+        models = load_models(
+            config, torch.device("cpu"), lambda pipe: [{**config.model.call, **_shape(config)}], new_weights
+        )
     models.trainable.train()
     batch, encoders = micro_batch(config, models.pipe, models.objective), 0
     if config.model.encode_prompts_once:
@@ -315,7 +324,8 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     size, shape = config.train.micro_batch, _shape(config)
     videos = _videos(config, config.data.clips, *shape.values()) if config.data.clips else {}
     return MicroBatch(
-        inputs=_inputs(pipe, {**config.model.call, **shape}, size) | shape,
+        inputs=_inputs(pipe, {**config.model.call, **shape}, size, embeddings(Path(config.model.name)))
+        | as_taken(pipe, shape),
         prompts=["a video"] * size,
         frame_seeds=list(range(size)),
         weights=None if videos else {name: [1.0] * size for name in objective.terms},
@@ -332,15 +342,16 @@ def _steps(config: Config) -> dict[str, int]:
 
 
 def _shape(config: Config) -> dict[str, int]:
-    """Frames and size in the pipeline's call, for clips of the largest bucket; empty for prompts."""
-    if config.data.clips is None:
-        return {}
-    return max(buckets(config, config.data.clips), key=lambda b: b.frames * b.height * b.width).arguments
+    """Frames and size in the pipeline's call, for the largest bucket; empty for prompts without any."""
+    shapes = [Bucket(*shape) for shape in config.data.buckets]
+    if config.data.clips is not None:
+        shapes = buckets(config, config.data.clips)
+    return max(shapes, key=lambda b: b.frames * b.height * b.width).arguments if shapes else {}
 
 
 def _videos(config: Config, clips: Clips, frames: int, height: int, width: int) -> dict[str, Tensor]:
     """Black clips, with values, because they become pictures where the pipeline's call takes them."""
-    roles = {"target", *clips.columns, *config.prediction.roles.values()} - {"caption"}
+    roles = {*(clips.columns or ("target",)), *config.prediction.roles.values()} - {"caption"}
     if clips.degradation is not None or clips.mask is not None:
         roles.add("degraded")
     if clips.mask is not None:
@@ -357,24 +368,27 @@ def _videos(config: Config, clips: Clips, frames: int, height: int, width: int) 
     }
 
 
-def _inputs(pipe: Any, call: dict[str, Any], size: int) -> dict[str, Any]:
+def _inputs(
+    pipe: Any, call: dict[str, Any], size: int, known: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Any]:
     """Stand-ins for prompts and images: embeddings of the shapes that the pipeline's own encoders give."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     generators = [torch.Generator().manual_seed(seed) for seed in range(size)]
     inputs: dict[str, Any] = {"generator": generators if size > 1 else generators[0]}  # as of a run's batches
-    if "image" in parameters:
+    if "image" in parameters and parameters["image"].default is inspect.Parameter.empty:
         from PIL import Image
 
         inputs["image"] = Image.new("RGB", _image_size(pipe, call))
     if "prompt_embeds" in parameters:
-        length = _text_length(pipe, call)
-        dtype, width = pipe.text_encoder.dtype, pipe.text_encoder.config.hidden_size
-        for key in ("prompt_embeds", "negative_prompt_embeds"):
-            inputs[key] = torch.zeros(size, length, width, dtype=dtype)
-            mask = key.replace("embeds", "attention_mask")
-            if mask in parameters:
-                # Branched on by pipelines, so it has values.
-                inputs[mask] = torch.tensor([[True] * length] * size)
+        dtype = pipe.text_encoder.dtype
+        shapes = known or {"prompt_embeds": (_text_length(pipe, call), pipe.text_encoder.config.hidden_size)}
+        for key, (length, width) in shapes.items():
+            for name in (key, f"negative_{key}"):
+                inputs[name] = torch.zeros(size, length, width, dtype=dtype)
+                masks = {name.replace("embeds", "attention_mask"), name.replace("embeds", "embeds_mask")}
+                for mask in masks & parameters.keys():
+                    # Branched on by pipelines, so it has values.
+                    inputs[mask] = torch.tensor([[True] * length] * size)
     if "pooled_prompt_embeds" in parameters:
         inputs["pooled_prompt_embeds"] = torch.zeros(size, pipe.text_encoder_2.config.hidden_size, dtype=dtype)
     return inputs

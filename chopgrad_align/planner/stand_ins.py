@@ -11,7 +11,15 @@ from typing import Any
 import torch
 import yaml
 
-_REVISION = "0" * 40
+_EMBEDDINGS = "embeddings.json"
+_OF_TRANSFORMERS = ("text_encoder", "text_encoder_2", "image_encoder")
+_FILES = {
+    "scheduler": "scheduler_config.json",
+    "guider": "guider_config.json",
+    "image_processor": "preprocessor_config.json",
+    "feature_extractor": "preprocessor_config.json",
+}
+"""Of the components whose configuration is not in `config.json`."""
 
 
 @cache
@@ -32,35 +40,43 @@ def write_pipeline(model: dict[str, Any], folder: Path) -> None:
         config = dict(settings)
         cls = config.pop("class")
         library, file = _kind(name, cls)
+        library = config.pop("library", library)  # of diffusers, a pipeline's own
         index[name] = [library, cls]
-        config |= {"_class_name": cls} if library == "diffusers" else {"architectures": [cls]}
+        config |= {"architectures": [cls]} if library == "transformers" else {"_class_name": cls}
         _write_json(folder / name / file, config)
     for tokenizer in ("tokenizer", "tokenizer_2"):
         if tokenizer.replace("tokenizer", "text_encoder") in model["components"]:
             index[tokenizer] = ["transformers", "PreTrainedTokenizerFast"]
             _write_tokenizer(folder / tokenizer)
     _write_json(folder / "model_index.json", index)
+    _write_json(folder / _EMBEDDINGS, model.get("embeddings", {}))
+
+
+def embeddings(folder: Path) -> dict[str, list[int]]:
+    """The shapes of a stand-in's prompt embeddings, as far as its description has them."""
+    file = folder / _EMBEDDINGS
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _kind(name: str, cls: str) -> tuple[str, str]:
     """A component's library, and the file of its configuration."""
-    if name == "scheduler":
-        return "diffusers", "scheduler_config.json"
-    if name == "image_processor":
-        return "transformers", "preprocessor_config.json"
-    return (
-        "transformers" if name in ("text_encoder", "text_encoder_2", "image_encoder") else "diffusers"
-    ), "config.json"
+    file = _FILES.get(name, "config.json")
+    of_transformers = name in _OF_TRANSFORMERS or file == "preprocessor_config.json"
+    return "transformers" if of_transformers else "diffusers", file
 
 
 def write_hub(folder: Path) -> None:
-    """Fill a folder as the hub's cache, with what the published rewards load."""
-    for name, content in _data("checkpoints.yaml").items():
-        repository = folder / f"models--{name.replace('/', '--')}"
-        snapshot = repository / "snapshots" / _REVISION
+    """Fill a folder as the hub's cache, and `torch.hub`'s beside it, with what the published rewards load."""
+    for source, content in _data("checkpoints.yaml").items():
+        if source.startswith("https://"):
+            snapshot = folder / "checkpoints"
+        else:
+            name, _, revision = source.partition("@")
+            repository = folder / f"models--{name.replace('/', '--')}"
+            snapshot = repository / "snapshots" / revision
+            (repository / "refs").mkdir(parents=True)
+            (repository / "refs" / "main").write_text(revision)
         snapshot.mkdir(parents=True)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(_REVISION)
         if "config" in content:
             _write_json(snapshot / "config.json", content["config"])
         if "tokenizer" in content:

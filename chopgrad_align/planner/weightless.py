@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
 
     Args:
         mode: Of the fake tensors.
-        hub: A folder that takes the place of the hub's cache and of the hub.
+        hub: A folder that takes the place of the hub, of its cache and of `torch.hub`'s.
     """
     import open_clip
     from diffusers import ModelMixin
@@ -42,6 +43,7 @@ def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
             (nn.Module, "_apply", _apply),
             (constants, "HF_HUB_CACHE", str(hub)),
             (constants, "HF_HUB_OFFLINE", True),
+            (torch.hub, "get_dir", lambda: str(hub)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
@@ -58,11 +60,15 @@ def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) 
     return model.eval()
 
 
-def _of_transformers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) -> Any:
-    config = cls.config_class.from_pretrained(source, subfolder=settings.get("subfolder", ""))
+def _of_transformers(mode: FakeTensorMode, cls: Any, pretrained_model_name_or_path: str, **settings: Any) -> Any:
+    from transformers.initialization import no_init_weights
+
+    place = {key: settings[key] for key in ("subfolder", "revision") if settings.get(key)}
+    config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **place)
     dtype = settings.get("dtype") or settings.get("torch_dtype") or torch.float32
-    with mode:
+    with mode, no_init_weights():  # whose random numbers some models look at
         model = cls._from_config(config, dtype=dtype).eval()
+        model.tie_weights()
     return (model, {"missing_keys": set()}) if settings.get("output_loading_info") else model
 
 
@@ -138,13 +144,23 @@ class Simulation(FakeTensorMode):
 
 @contextmanager
 def simulated(mode: Simulation, scheduler: Any) -> Iterator[None]:
-    """Within the context new tensors are fake, except the tables that the scheduler makes for its steps."""
-    original = scheduler.set_timesteps
+    """Within the context new tensors are fake, except the tables of the scheduler, and of a copy of it."""
+    original = type(scheduler).set_timesteps
 
     @functools.wraps(original)  # pipelines look at its arguments
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
         with unset_fake_temporarily():
             original(*args, **kwargs)
 
-    with mock.patch.object(scheduler, "set_timesteps", set_timesteps), mode:
+    def deepcopied(self: Any, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = object.__new__(type(self))
+        with unset_fake_temporarily():
+            vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    with (
+        mock.patch.object(type(scheduler), "set_timesteps", set_timesteps),
+        mock.patch.object(type(scheduler), "__deepcopy__", deepcopied, create=True),
+        mode,
+    ):
         yield

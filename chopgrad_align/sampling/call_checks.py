@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import typing
 from collections.abc import Collection, Mapping
 from types import NoneType, UnionType
@@ -15,10 +16,13 @@ from torch import Tensor
 from ..common.arguments import nearest, whole_number
 from ..common.errors import UsageError
 from ..decoding.decoders import known_decoder
+from .call_shape import FRAMES
 from .denoisers import denoisers_of
+from .outputs import expect_frames
 from .steps import StepPolicy, expect_step_policy, plan_of
 
-_COUNTS = ("num_inference_steps", "num_frames", "height", "width", "num_videos_per_prompt", "max_sequence_length")
+_VIDEOS = ("num_videos_per_prompt", "num_images_per_prompt")  # for each prompt, by one of these names
+_COUNTS = ("num_inference_steps", *FRAMES, "height", "width", *_VIDEOS, "max_sequence_length")
 _PROMPTS = ("prompt", "negative_prompt")
 _SCHEDULES = ("timesteps", "sigmas")
 _STRENGTHS = ("denoise_strength", "strength")  # of pipelines that start from a video; the first that a call has
@@ -43,15 +47,22 @@ def check_call(
             or for constants of a guidance that is off.
     """
     name = type(pipe).__name__
+    if hasattr(pipe, "hdr_video_processor"):
+        raise UsageError(f"rollout: {name} makes linear light without an upper bound, not frames in [0, 1]")
     if getattr(pipe, "vae", None) is None or not hasattr(pipe, "video_processor"):
         raise UsageError(f"rollout: expected a diffusers pipeline that makes videos with a VAE, got {name}")
+    expect_frames(pipe)
     known_decoder(pipe.vae)
     parameters = inspect.signature(type(pipe).__call__).parameters
     _check_names(name, call_kwargs, parameters, reserved)
     for key, value in call_kwargs.items():
         _check_value(key, value, parameters.get(key))
+    if call_kwargs.get("skip_steps_sigma_threshold") is not None and call_kwargs["skip_steps_sigma_threshold"] < 1:
+        raise UsageError(
+            "rollout: skip_steps_sigma_threshold: the steps that it skips are not known before; leave it out"
+        )
     _check_schedule(pipe, call_kwargs)
-    _check_lengths(call_kwargs)
+    _check_lengths(pipe, call_kwargs)
     _check_grid(pipe, call_kwargs)
     call = {key: parameter.default for key, parameter in parameters.items()} | dict(call_kwargs)
     num_steps = _check_num_steps(pipe, call)
@@ -127,23 +138,32 @@ def _check_schedule(pipe: Any, call: Mapping[str, Any]) -> None:
             )
 
 
-def _check_lengths(call: Mapping[str, Any]) -> None:
+def _check_lengths(pipe: Any, call: Mapping[str, Any]) -> None:
     """Check that lists with an entry for each prompt, or each video, are as long as that of the prompts."""
+    key, each = next(((key, call[key]) for key in _VIDEOS if call.get(key)), (_VIDEOS[0], 1))
+    if each > 1 and re.search(rf"^ +{key} = 1$", inspect.getsource(inspect.unwrap(type(pipe).__call__)), re.MULTILINE):
+        raise UsageError(
+            f"rollout: {type(pipe).__name__} makes one video a prompt, whatever {key} says: leave it out, and repeat "
+            "the prompt"
+        )
     if (prompt := call.get("prompt")) is None:
         return
     prompts = len(prompt) if isinstance(prompt, list) else 1
-    videos = prompts * (call.get("num_videos_per_prompt") or 1)
+    videos = prompts * each
     for key, count in (("negative_prompt", prompts), ("generator", videos)):
         if isinstance(call.get(key), list) and len(call[key]) != count:
             raise UsageError(f"rollout: {key}: expected a list of {count}, got one of {len(call[key])}")
 
 
 def _check_grid(pipe: Any, call: Mapping[str, Any]) -> None:
-    for key, (multiple, offset) in _grid(pipe).items():
+    for key, (multiple, offsets) in _grid(pipe).items():
         value = call.get(key)
-        if value is not None and value % multiple != offset % multiple:
-            near = max(round((value - offset) / multiple), 1 - offset) * multiple + offset
-            rule = f"{multiple}k + {offset}" if offset else f"multiples of {multiple}"
+        if value is not None and value % multiple not in offsets:
+            made = (count * multiple + offset for count in range(value // multiple + 2) for offset in offsets)
+            near = min((count for count in made if count), key=lambda count: abs(count - value))
+            rule = " or ".join(
+                f"{multiple}k + {offset}" if offset else f"multiples of {multiple}" for offset in offsets
+            )
             raise UsageError(
                 f"rollout: {type(pipe).__name__} would round {key}={value}; it makes {rule}, the nearest is {near}"
             )
@@ -186,23 +206,27 @@ def _check_steps(steps: StepPolicy, num_steps: int | None, call: Mapping[str, An
         )
 
 
-def _grid(pipe: Any) -> dict[str, tuple[int, int]]:
-    """The frames and sizes that a pipeline makes exactly, as (multiple, offset); only what it tells."""
-    grid: dict[str, tuple[int, int]] = {}
-    if frames := _first_of(pipe, "scale_factor_temporal", "temporal_compression_ratio", "temporal_scale_factor"):
-        multiple, offset = frames, 1
+def _grid(pipe: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """The frames and sizes that a pipeline makes exactly, as (multiple, remainders); only what it tells."""
+    grid: dict[str, tuple[int, tuple[int, ...]]] = {}
+    frames = _first_of(pipe, "scale_factor_temporal", "temporal_compression_ratio", "temporal_scale_factor")
+    if frames and not hasattr(pipe, "_match_num_frames"):  # Cosmos 2.5 repeats frames or cuts them off
+        multiple = frames
+        remainders: tuple[int, ...] = (1,)
         names = {cls.__name__ for cls in type(pipe.vae).__mro__}
-        if "AutoencoderKLCogVideoX" in names:  # decodes latent frames two by two, and an odd one only at first
-            multiple *= pipe.vae.num_latent_frames_batch_size
+        if "AutoencoderKLCogVideoX" in names:
+            # Decodes latent frames two by two, an odd one with the first ones: of 2k of them it makes 8k frames, of
+            # 2k + 1 one more.
+            multiple, remainders = multiple * pipe.vae.num_latent_frames_batch_size, (1, 0)
         if "AutoencoderKLAllegro" in names:  # has no first latent frame that is a single frame
-            offset = 0
-        grid["num_frames"] = (multiple, offset)
+            remainders = (0,)
+        grid |= dict.fromkeys(FRAMES, (multiple, remainders))
     if pixels := _first_of(
         pipe, "scale_factor_spatial", "spatial_compression_ratio", "spatial_scale_factor", "scale_factor"
     ):
         patch = next(iter(denoisers_of(pipe).values())).config.get("patch_size", 1)
         height, width = (patch, patch) if isinstance(patch, int) else patch[-2:]
-        grid |= {"height": (pixels * height, 0), "width": (pixels * width, 0)}
+        grid |= {"height": (pixels * height, (0,)), "width": (pixels * width, (0,))}
     return grid
 
 

@@ -1,9 +1,10 @@
 """Any diffusers video pipeline, differentiable, by its own code.
 
-The pipeline runs its own `__call__`, taken from under its `torch.no_grad`, with three methods of its components
-replaced for the time of the call: `scheduler.step` counts, so that gradient begins where the sampling policy says; the
-denoiser's `forward` is run again in the backward pass instead of keeping its activations; `vae.decode` becomes
-`chopgrad_align.decode`. Guidance, conditioning, de-normalisation and post-processing stay the pipeline's.
+The pipeline runs its own `__call__`, taken from under its `torch.no_grad`, with methods of its components replaced for
+the time of the call. The scheduler's tell where in a sampling loop it is, so that gradient begins where the sampling
+policy says; the denoiser's `forward` is run again in the backward pass instead of keeping its activations; `vae.decode`
+becomes `chopgrad_align.decode`. What `vae.encode` returns is a constant. Guidance, conditioning, de-normalisation and
+post-processing stay the pipeline's.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from ..decoding.clamp import denormalized
 from ..decoding.decode import decode
 from .denoisers import denoisers_of, refuse_hooks
 from .gradient_steps import GradientSteps
-from .guidance_branches import GuidanceBranches
 from .method_replacement import replaced
-from .sampling_loop import SamplingLoop
+from .postprocessing import differentiable_postprocessing
+from .recomputation import recomputed
 from .steps import StepPolicy, expect_step_policy
 
 
@@ -35,10 +36,7 @@ class Sampling(Protocol):
     """The denoising steps of one call of a pipeline: what takes the place of its scheduler's and denoisers' methods."""
 
     @property
-    def loop(self) -> SamplingLoop: ...
-
-    @property
-    def branches(self) -> GuidanceBranches: ...
+    def steps(self) -> GradientSteps: ...
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
@@ -68,9 +66,11 @@ def differentiable(
 
 @contextlib.contextmanager
 def performed(
-    pipe: Any, sampling: Sampling, backprop: Backprop, decode: Callable[..., Tensor]
+    pipe: Any, sampling: Sampling, backprop: Backprop, decode: Callable[..., Tensor], audio: bool = False
 ) -> Iterator[Callable[..., Any]]:
     """Within the context one call of the pipeline, which is yielded, takes its denoising steps as `sampling` does.
+
+    Sound has a gradient if `audio` says so.
 
     Raises:
         UsageError: A decoding policy of another kind, modules with hooks that offload, cache or cast, a rollout inside
@@ -85,16 +85,23 @@ def performed(
             "rollout: tensors made in torch.inference_mode() have no gradient; leave it, or use torch.no_grad()"
         )
     with contextlib.ExitStack() as stack:
+        steps = sampling.steps
+        stack.enter_context(replaced(pipe.scheduler, "set_timesteps", steps.begin))
         stack.enter_context(replaced(pipe.scheduler, "step", sampling.step))
         stack.callback(_release, pipe.scheduler)
+        stack.enter_context(replaced(pipe, "progress_bar", steps.loop.progress_bar))
         for denoiser in denoisers.values():
             stack.enter_context(replaced(denoiser, "forward", sampling.forward))
             if hasattr(denoiser, "cache_context"):
-                stack.enter_context(replaced(denoiser, "cache_context", sampling.branches.cache_context))
+                stack.enter_context(replaced(denoiser, "cache_context", steps.branches.cache_context))
         stack.enter_context(_decoded_by(pipe, decode, backprop))
+        stack.enter_context(differentiable_postprocessing(pipe))
+        for module, method in _SOUND:
+            if pipe.components.get(module) is not None:
+                stack.enter_context(replaced(pipe.components[module], method, _recomputed if audio else _constant))
         stack.enter_context(torch.no_grad())  # also restores the caller's mode after `sampling` switched it on
         yield functools.partial(inspect.unwrap(type(pipe).__call__), pipe)
-        sampling.loop.expect_end()
+        steps.expect_end()
 
 
 @contextlib.contextmanager
@@ -108,15 +115,43 @@ def _decoded_by(pipe: Any, decode: Callable[..., Tensor], backprop: Backprop) ->
         del given["self"]
         return_dict = given.pop("return_dict", True)
         pixels = decode(vae, given.pop("z"), backprop, **given)
+        if type(pixels) is Tensor:
+            pixels = pixels.as_subclass(_Attached)
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     # The same clamp with the policy's gradient: the pipeline's own would stop what the decoder's let through.
     denormalize = functools.partial(denormalized, clamp=backprop.clamp(0.0, 1.0))
     with (
         replaced(pipe.vae, "decode", decode_latents),
+        replaced(pipe.vae, "encode", _constant),
         mock.patch.object(pipe.video_processor, "denormalize", denormalize),
     ):
         yield
+
+
+class _Attached(Tensor):
+    """Pixels that stay in the graph when a pipeline detaches them; what is made of them are common tensors.
+
+    Cosmos Transfer detaches what it decodes, section by section. `encode` makes a constant of it for the next section.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def detach(self) -> Tensor:
+        return self
+
+
+_SOUND = (("audio_vae", "decode"), ("vocoder", "forward"), ("sound_tokenizer", "decode"))
+"""Components that make sound of latents, and how they are called."""
+
+
+def _constant(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return original(module, *args, **kwargs)
+
+
+def _recomputed(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return recomputed(original, module, args, kwargs)
 
 
 def _release(scheduler: Any) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..common.errors import UsageError
 from .guidance_branches import GuidanceBranches
+from .key_value_cache import KeyValueCache
+from .randomness import Generators, step_drawing_from
 from .recomputation import recomputed
 from .sampling_loop import SamplingLoop
 from .steps import StepPlan, StepPolicy, plan_of
@@ -18,7 +21,17 @@ from .steps import StepPlan, StepPolicy, plan_of
 Observe = Callable[[Callable[..., Any], nn.Module, tuple, dict[str, Any], Any], None]
 """Is told of a denoiser's call that has a graph: its own forward, itself, the arguments, and what it returned."""
 
-_LATENTS = {"hidden_states", "audio_hidden_states", "sample"}  # arguments of denoisers in diffusers
+_LATENTS = frozenset(  # arguments of denoisers in diffusers
+    (
+        "hidden_states",
+        "audio_hidden_states",
+        "sample",
+        "latents",  # of a controlnet
+        "vision_tokens",
+        "sound_tokens",
+        "action_tokens",
+    )
+)
 
 
 class GradientSteps:
@@ -28,55 +41,105 @@ class GradientSteps:
 
     Args:
         pipe: A diffusers pipeline.
-        policy: Is asked for a plan when the denoiser is first called, which is when the number of steps is known.
+        policy: Is asked for a plan when a section begins, which is when its number of steps is known.
         seed: Of the plan.
         observe: Is told of the denoiser's calls that have a graph; not of a controlnet's.
+        generator: Of the call; the scheduler draws from it.
     """
 
-    def __init__(self, pipe: Any, policy: StepPolicy, seed: int, observe: Observe | None = None) -> None:
+    plan: StepPlan
+    """The policy's plan for the section that is under way."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        policy: StepPolicy,
+        seed: int,
+        observe: Observe | None = None,
+        generator: Generators = None,
+    ) -> None:
         self.loop = SamplingLoop(pipe)
         self.branches = GuidanceBranches()
-        self._policy, self._seed, self._observe = policy, seed, observe
-        self._plan: StepPlan | None = None
+        self.generator = generator
+        self._pipe, self._policy, self._seed, self._observe = pipe, policy, seed, observe
+        self._planned = -1  # the section that `plan` is of
+        self._cache = KeyValueCache()
         self._controlnet = pipe.components.get("controlnet")
-        self._wanted = torch.is_grad_enabled()
+        self._wanted, self._began = torch.is_grad_enabled(), False
 
     @property
-    def plan(self) -> StepPlan:
-        """The policy's plan for this loop."""
-        if self._plan is None:
-            self._plan = plan_of(self._policy, self.loop.num_steps, self._seed)
-        return self._plan
+    def steps(self) -> GradientSteps:
+        """Itself: see `Sampling`."""
+        return self
+
+    def begin(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take the place of `scheduler.set_timesteps`."""
+        result = original(scheduler, *args, **kwargs)
+        self.loop.begin()
+        return result
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
-        if scheduler is self.loop.scheduler and self._carries_gradient() and not self.plan.unconditional:
+        self.loop.take_step()
+        if self._wanted and self.loop.step is not None and not self.plan.unconditional:
             self.branches.detach(scheduler, args, kwargs)
-        result = original(scheduler, *args, **kwargs)
-        if scheduler is self.loop.scheduler:
-            self.advance()
-        return result
+        return step_drawing_from(self.generator, original, scheduler, *args, **kwargs)
 
-    def advance(self) -> None:
-        """Note that a call of the scheduler has ended."""
-        self.loop.calls += 1
-        self._begin_when_due()
+    def predict(self) -> None:
+        """Note that a denoiser is called, and let the pipeline's own code record a graph from the first call on.
+
+        Guidance and updates then have one as soon as a prediction has, and nothing before that has any: constants are
+        predicted without. (Not from that prediction on: SkyReels V2 goes on with views of its latents, which may not
+        have been made in another mode.)
+        """
+        self.loop.predict()
+        if self.loop.section > self._planned:
+            self.plan = plan_of(self._policy, self.loop.num_steps, self._seed)
+            self._planned = self.loop.section
+        if self._wanted and self.loop.step is not None and not torch.is_grad_enabled():
+            torch.set_grad_enabled(True)
+            _forget_casts()
+        self._began = self._began or self._carries_gradient()
 
     def forward(self, original: Callable[..., Any], denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `denoiser.forward`."""
-        self.loop.expect_more()
-        self._begin_when_due()
-        if not self._carries_gradient() or (self.branches.unconditional and not self.plan.unconditional):
-            return self._constant(original, denoiser, args, kwargs)
-        if self.plan.detach_input:
+        self.predict()
+        if self.loop.step is None:
+            return self._cache.fill(lambda: self._constant(original, denoiser, args, kwargs), denoiser)
+        if self._wanted and self.plan.detach_input:  # in all steps, so that the first one says if it cannot be done
             args, kwargs = with_constant_latents(denoiser, args, kwargs)
-        output = recomputed(original, denoiser, args, kwargs)
-        if denoiser is self._controlnet:  # whose output ends in the denoiser's
-            return output
-        if self._observe is not None:
-            self._observe(original, denoiser, args, kwargs, output)
-        if not self.plan.unconditional:
+        if self.branches.unconditional and not self.plan.unconditional:
+            return self._constant(original, denoiser, args, kwargs)
+        run = self._differentiated if self._carries_gradient() else self._constant
+        output = run(original, denoiser, args, kwargs)
+        if self._wanted and denoiser is not self._controlnet and not self.plan.unconditional:
             self.branches.predicted(output)
+        return output
+
+    def expect_end(self) -> None:
+        """Check, after the call, that it took the steps that it announced, and some that carry gradient.
+
+        Raises:
+            UsageError: It did not.
+        """
+        self.loop.expect_end()
+        if self.loop.section < 0:
+            raise UsageError(f"rollout: {type(self._pipe).__name__} took 0 steps; call it within the context")
+        if self._wanted and not self._began:
+            raise UsageError(
+                f"rollout: {self._policy!r}: {type(self._pipe).__name__} sampled {self.loop.section + 1} section(s), "
+                f"and none of those that were chosen; choose from 0 to {self.loop.section}"
+            )
+
+    def _differentiated(
+        self, original: Callable[..., Any], denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """A prediction that is made again in the backward pass."""
+        # Some pipelines write into their latents after the call (Kandinsky 5), which is run again on what it was given.
+        args, kwargs = _with(_LATENTS, Tensor.clone, denoiser, args, kwargs)
+        output = recomputed(original, denoiser, args, kwargs, self._cache.refill())
+        if self._observe is not None and denoiser is not self._controlnet:  # whose output ends in the denoiser's
+            self._observe(original, denoiser, args, kwargs, output)
         return output
 
     def _constant(self, original: Callable[..., Any], denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -87,15 +150,13 @@ class GradientSteps:
             _forget_casts()
         return output
 
-    def _carries_gradient(self) -> bool:
-        return self._wanted and self.loop.step in self.plan.steps
+    def _is_chosen(self) -> bool:
+        if self.loop.step is None:
+            return False
+        return self.plan.sections is None or self.loop.section in self.plan.sections
 
-    def _begin_when_due(self) -> None:
-        if self._wanted and self.loop.step >= min(self.plan.steps) and not torch.is_grad_enabled():
-            # For the rest of the pipeline's own code too, as guidance. No latents need to be detached: those before
-            # this moment never had a graph.
-            torch.set_grad_enabled(True)
-            _forget_casts()
+    def _carries_gradient(self) -> bool:
+        return self._wanted and self._is_chosen() and self.loop.step in self.plan.steps
 
 
 def _forget_casts() -> None:
@@ -105,12 +166,31 @@ def _forget_casts() -> None:
 
 def with_constant_latents(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Detach the latents among the arguments of a denoiser's call; a controlnet's output keeps its graph."""
-    names = [*inspect.signature(type(denoiser).forward).parameters][1 : len(args) + 1]
-    if not {*names, *kwargs} & _LATENTS:
+    if not {*_positional(denoiser, args), *kwargs} & _LATENTS:
         raise UsageError(
             f"rollout: detach_input=True: the call of {type(denoiser).__name__} has none of the arguments "
             f"{', '.join(sorted(_LATENTS))}, so that it is not known which are the latents; use detach_input=False"
         )
+    return _with(_LATENTS, Tensor.detach, denoiser, args, kwargs)
+
+
+def _with(
+    chosen: Collection[str],
+    change: Callable[[Tensor], Tensor],
+    denoiser: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call, with the tensors in those of some names changed."""
+
+    def changed(name: str, value: Any) -> Any:
+        return tree_map_only(Tensor, change, value) if name in chosen else value
+
     # Each stays where it is, since decorators of `forward` read arguments by name.
-    positional = (value.detach() if name in _LATENTS else value for name, value in zip(names, args, strict=True))
-    return (*positional,), {key: value.detach() if key in _LATENTS else value for key, value in kwargs.items()}
+    positional = (changed(name, value) for name, value in zip(_positional(denoiser, args), args, strict=True))
+    return (*positional,), {name: changed(name, value) for name, value in kwargs.items()}
+
+
+def _positional(denoiser: nn.Module, args: tuple) -> list[str]:
+    """Names of the arguments that are given by position."""
+    return [*inspect.signature(type(denoiser).forward).parameters][1 : len(args) + 1]

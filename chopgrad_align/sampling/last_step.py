@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from ..common.errors import UsageError
 from .gradient_steps import GradientSteps
+from .randomness import restore, states
 
 
 class RecordedLastStep:
@@ -29,17 +30,22 @@ class RecordedLastStep:
     clean: Tensor
 
     def __init__(self, steps: GradientSteps) -> None:
-        self.steps, self.loop, self.branches = steps, steps.loop, steps.branches
+        self.steps, self._loop = steps, steps.loop
+        self._seen = -1  # the iteration that the scheduler was called in last
         self._outputs: dict[nn.Module, Any] = {}
         self._result: Any = None
         self._timestep: Any = None
         self._index: int | None = None
+        self._random: list[Tensor] = []
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
-        last = scheduler is self.loop.scheduler and self.loop.calls == self.loop.announced - 1
+        if self.steps.plan.repeats:
+            self._expect_single_steps(scheduler)
+        last = scheduler is self._loop.scheduler and self._loop.is_last
         if last:
             self._index = getattr(scheduler, "step_index", None)
+            self._random = states(self.steps.generator)
             self._timestep = (
                 inspect.signature(type(scheduler).step).bind(scheduler, *args, **kwargs).arguments["timestep"]
             )
@@ -55,6 +61,21 @@ class RecordedLastStep:
         self._outputs[denoiser] = tree_map_only(Tensor, Tensor.detach, output)
         return output
 
+    def _expect_single_steps(self, scheduler: Any) -> None:
+        """Raise a UsageError where the last step cannot be repeated alone."""
+        single = self._loop.iteration != self._seen
+        if self._loop.section > 0 or single is not (scheduler is self._loop.scheduler):
+            raise UsageError(
+                "LowVariance repeats the last step of a single loop that calls the pipeline's scheduler once a step; "
+                "this pipeline samples otherwise: use LastSteps(1)"
+            )
+        if not any(hasattr(scheduler, method) for method in ("scale_noise", "add_noise")):
+            raise UsageError(
+                f"LowVariance: {type(scheduler).__name__} cannot add noise to clean latents; use another scheduler, or "
+                "LastSteps(1)"
+            )
+        self._seen = self._loop.iteration
+
     def output(self, denoiser: nn.Module) -> Any:
         """Some output of the denoiser, which has the shape and the type of all."""
         return self._outputs[denoiser]
@@ -64,23 +85,18 @@ class RecordedLastStep:
         leaves, structure = tree_flatten(self._result)
         return tree_unflatten([latents, *[None] * (len(leaves) - 1)], structure)
 
-    def noised(self, scheduler: Any, noise: Tensor) -> Tensor:
-        """Noise the clean latents to the level of the last step, and set the scheduler to that step.
+    def draw_again(self) -> None:
+        """Let the scheduler draw what it drew in the last step."""
+        restore(self.steps.generator, self._random)
 
-        Raises:
-            UsageError: The scheduler has no forward process.
-        """
+    def noised(self, scheduler: Any, noise: Tensor) -> Tensor:
+        """Noise the clean latents to the level of the last step, and set the scheduler to that step."""
         if self._index is not None:
             scheduler._step_index = self._index
         times = torch.as_tensor(self._timestep).reshape(1).to(self.clean.device)
         if hasattr(scheduler, "scale_noise"):  # of flow matching
             return scheduler.scale_noise(sample=self.clean, timestep=times, noise=noise)
-        if hasattr(scheduler, "add_noise"):
-            return scheduler.add_noise(original_samples=self.clean, noise=noise, timesteps=times)
-        raise UsageError(
-            f"LowVariance: {type(scheduler).__name__} cannot add noise to clean latents; use another scheduler, or "
-            "LastSteps(1)"
-        )
+        return scheduler.add_noise(original_samples=self.clean, noise=noise, timesteps=times)
 
 
 class RepeatedLastStep:
@@ -93,22 +109,22 @@ class RepeatedLastStep:
     """
 
     def __init__(self, steps: GradientSteps, record: RecordedLastStep, noise: Tensor) -> None:
-        self.loop, self.branches = steps.loop, steps.branches
-        self._steps, self._record, self._noise = steps, record, noise
+        self.steps, self._loop = steps, steps.loop
+        self._record, self._noise = record, noise
 
     def step(self, original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `scheduler.step`."""
-        if scheduler is not self.loop.scheduler or self._is_last():
-            return self._steps.step(original, scheduler, *args, **kwargs)
-        self._steps.advance()
-        latents = self._record.noised(scheduler, self._noise) if self._is_last() else self._record.clean
-        return self._record.result(latents)
+        if scheduler is self._loop.scheduler and self._loop.is_last:
+            self._record.draw_again()
+        if scheduler is not self._loop.scheduler or self._loop.is_last:
+            return self.steps.step(original, scheduler, *args, **kwargs)
+        self._loop.take_step()
+        is_next = self._loop.iteration == self._loop.announced - 2
+        return self._record.result(self._record.noised(scheduler, self._noise) if is_next else self._record.clean)
 
     def forward(self, original: Callable[..., Any], denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Take the place of `denoiser.forward`."""
-        if self._is_last():
-            return self._steps.forward(original, denoiser, *args, **kwargs)
+        self.steps.predict()
+        if self._loop.is_last:
+            return self.steps.forward(original, denoiser, *args, **kwargs)
         return self._record.output(denoiser)
-
-    def _is_last(self) -> bool:
-        return self.loop.calls >= self.loop.announced - 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +14,16 @@ from ..common.errors import UsageError
 from ..common.versions import versions
 
 
-def recomputed(forward: Callable[..., Any], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def recomputed(
+    forward: Callable[..., Any],
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    prepare: Callable[[], None] = lambda: None,
+) -> Any:
     """Return `forward(module, *args, **kwargs)`, which is run again with the same random and autocast state.
+
+    `prepare` is called before each run. The module's attention processors, too, are those of this moment.
 
     Raises:
         UsageError: In the backward pass: the module's weights or its mode have changed since.
@@ -22,7 +31,9 @@ def recomputed(forward: Callable[..., Any], module: nn.Module, args: tuple, kwar
 
     def run(*values: Any) -> Any:
         named = dict(zip(kwargs, values[len(args) :], strict=True))
-        return forward(module, *values[: len(args)], **named)
+        prepare()
+        with _attending_by(module, processors):
+            return forward(module, *values[: len(args)], **named)
 
     def check(gradient: Tensor) -> None:
         if versions(module) != seen:
@@ -31,7 +42,7 @@ def recomputed(forward: Callable[..., Any], module: nn.Module, args: tuple, kwar
                 "gradient would be wrong: call backward before the optimizer's step"
             )
 
-    seen = versions(module)
+    seen, processors = versions(module), getattr(module, "attn_processors", {})
     # By position: checkpoint keeps the random state of those devices only that it finds among positional arguments.
     result = checkpoint(run, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
     for leaf in tree_leaves(result):
@@ -39,3 +50,17 @@ def recomputed(forward: Callable[..., Any], module: nn.Module, args: tuple, kwar
             # In a hook of its own: an error inside the recomputation leaves a graph that crashes Python as it exits.
             leaf.register_hook(check)
     return result
+
+
+@contextmanager
+def _attending_by(module: Any, processors: dict[str, Any]) -> Iterator[None]:
+    """Within the context a model has these attention processors; some pipelines change them for their call (PAG)."""
+    now = getattr(module, "attn_processors", {})
+    if all(now[name] is processor for name, processor in processors.items()):
+        yield
+        return
+    module.set_attn_processor({**processors})
+    try:
+        yield
+    finally:
+        module.set_attn_processor({**now})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,12 +13,38 @@ from ..common.errors import UsageError
 from ..decoding.backprop import Backprop, Exact
 from ..decoding.decode import decode
 from .call_checks import check_call
-from .differentiable import differentiable, performed
+from .differentiable import Sampling, differentiable, performed
 from .gradient_steps import GradientSteps, Observe
 from .last_step import RecordedLastStep, RepeatedLastStep
+from .outputs import expect_sound, frames_of, sound_of
+from .randomness import restore, states
 from .steps import LastSteps, StepPolicy, expect_step_policy
 
 __all__ = ["RolloutPart", "check_call", "differentiable", "rollout", "rollout_parts"]
+
+
+@overload
+def rollout(
+    pipe: Any,
+    steps: StepPolicy = ...,
+    backprop: Backprop = ...,
+    *,
+    steps_seed: int = 0,
+    audio: Literal[False] = False,
+    **call_kwargs: Any,
+) -> Tensor: ...
+
+
+@overload
+def rollout(
+    pipe: Any,
+    steps: StepPolicy = ...,
+    backprop: Backprop = ...,
+    *,
+    steps_seed: int = 0,
+    audio: Literal[True],
+    **call_kwargs: Any,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def rollout(
@@ -27,24 +53,30 @@ def rollout(
     backprop: Backprop = Exact(),  # noqa: B008 (frozen)
     *,
     steps_seed: int = 0,
+    audio: bool = False,
     **call_kwargs: Any,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return what `pipe(**call_kwargs, output_type="pt").frames` is, bit for bit, with a gradient.
 
     The gradient reaches the weights of the denoiser that require one (its LoRA), and those of the VAE's decoder. Text
     and image encoders run without. Under `torch.no_grad` it is the plain call. One call of the denoiser keeps its
     activations at a time; for one block's, also call `pipe.transformer.enable_gradient_checkpointing()`.
 
+    A stochastic scheduler draws from the call's `generator`, with one for each video from that video's, also where the
+    pipeline itself would leave it to the global random state; so does the plain call in `seeded`.
+
     Args:
-        pipe: A diffusers pipeline whose output has `.frames`, with its modules on one device, not offloaded.
+        pipe: A diffusers pipeline that makes videos, with its modules on one device, not offloaded.
         steps: The denoising steps to backpropagate through.
         backprop: How to backpropagate through the decoder.
         steps_seed: Decides what a random policy draws; give each training step its own.
+        audio: Also return the sound, of a pipeline that makes some.
         call_kwargs: Arguments of the pipeline's own call, except `output_type` and `return_dict`.
 
     Returns:
-        Frames `(B, F, C, H, W)` in [0, 1]. With `LowVariance(n)` those of its `n + 1` clips one after the other,
-        `((n + 1) B, F, C, H, W)`, of which the first B are the pipeline's.
+        Frames `(B, F, C, H, W)` in [0, 1] (see `frames_of`). With `LowVariance(n)` those of its `n + 1` clips one after
+        the other, `((n + 1) B, F, C, H, W)`, of which the first B are the pipeline's. With `audio`, frames and sound,
+        which is as the pipeline returns it, for LTX-2 `(B, channels, samples)`.
 
     Raises:
         UsageError: See `check_call` and `differentiable`; in the backward pass: weights that changed since the rollout.
@@ -52,8 +84,15 @@ def rollout(
     if whole_number("rollout: steps_seed", steps_seed, 0) >= 2**64:
         raise UsageError(f"rollout: steps_seed={steps_seed}: expected a seed below 2^64")
     check_call(pipe, call_kwargs)
-    made = [part.video for part in rollout_parts(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed)]
-    return made[0] if len(made) == 1 else torch.cat(made)
+    if audio:
+        expect_sound(pipe, call_kwargs)
+    parts = [*rollout_parts(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed, audio=audio)]
+    video = _joined([part.video for part in parts])
+    return (video, _joined([part.audio for part in parts if part.audio is not None])) if audio else video
+
+
+def _joined(clips: list[Tensor]) -> Tensor:
+    return clips[0] if len(clips) == 1 else torch.cat(clips)
 
 
 class RolloutPart(NamedTuple):
@@ -63,11 +102,13 @@ class RolloutPart(NamedTuple):
         video: `(B, F, C, H, W)` in [0, 1], or latents.
         share: The part that they have in the mean over all clips of a rollout.
         rest: Parts that are still to come.
+        audio: The sound, if it was asked for.
     """
 
     video: Tensor
     share: float
     rest: int
+    audio: Tensor | None = None
 
 
 def rollout_parts(
@@ -80,6 +121,7 @@ def rollout_parts(
     output_type: str = "pt",
     steps_seed: int = 0,
     observe: Observe | None = None,
+    audio: bool = False,
 ) -> Iterator[RolloutPart]:
     """Make a rollout part by part, so that each can be backpropagated before the next is made.
 
@@ -96,45 +138,37 @@ def rollout_parts(
         output_type: `"pt"`, or `"latent"` for latents that are not decoded.
         steps_seed: Decides what a random policy draws.
         observe: Is told of the denoiser's calls that have a graph, before its clips are yielded.
+        audio: As for `rollout`.
 
     Raises:
         UsageError: See `differentiable`.
     """
     expect_step_policy(steps)
+
+    def made(sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+        with performed(pipe, sampling, backprop, decode, audio) as call:
+            output = call(**call_kwargs, output_type=output_type)
+        return frames_of(pipe, output, output_type), sound_of(output) if audio else None
+
     generator = call_kwargs.get("generator")
-    before = _states(generator)
-    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe))
-    with performed(pipe, record, backprop, decode) as call:
-        video = call(**call_kwargs, output_type=output_type).frames
+    before = states(generator)
+    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe, generator))
+    video, sound = made(record)
     repeats = record.steps.plan.repeats
-    yield RolloutPart(video, 1 / (repeats + 1), repeats)
-    del video  # with its graph, before the next clips are made
+    yield RolloutPart(video, 1 / (repeats + 1), repeats, sound)
+    del video, sound  # with their graph, before the next clips are made
     for rest in reversed(range(repeats)):
         noise = _noise_like(record.clean, generator)
-        after = _states(generator)
-        _restore(generator, before)
-        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed, observe), record, noise)
-        with performed(pipe, repetition, backprop, decode) as call:
-            video = call(**call_kwargs, output_type=output_type).frames
-        _restore(generator, after)
-        yield RolloutPart(video, 1 / (repeats + 1), rest)
-        del video
+        after = states(generator)
+        restore(generator, before)
+        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed, observe, generator), record, noise)
+        video, sound = made(repetition)
+        restore(generator, after)
+        yield RolloutPart(video, 1 / (repeats + 1), rest, sound)
+        del video, sound
 
 
 def _noise_like(latents: Tensor, generator: Any) -> Tensor:
     from diffusers.utils.torch_utils import randn_tensor
 
     return randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-
-
-def _listed(generator: Any) -> list[torch.Generator]:
-    return generator if isinstance(generator, list) else [] if generator is None else [generator]
-
-
-def _states(generator: Any) -> list[Tensor]:
-    return [one.get_state() for one in _listed(generator)]
-
-
-def _restore(generator: Any, states: list[Tensor]) -> None:
-    for one, state in zip(_listed(generator), states, strict=True):
-        one.set_state(state)

@@ -11,6 +11,13 @@ the gradient of later latents still passes through S_t, but not through D. What 
 graph at all. Each chosen step costs one more forward and one backward pass of the denoiser, and the activations of one
 call of it are alive at a time, so that more steps cost time and hardly memory.
 
+Some pipelines sample in *sections* s = 0 … S-1, each such a loop: windows of a long video that see the one before,
+resolutions of a pyramid, iterations of FreeInit. A policy is asked for each of them, with the same seed, and its steps
+are counted anew: the last K are those of each section. What a later section is given of an earlier one, as latents, is
+differentiated like any other input of D; so a gradient reaches back through the chosen steps of all sections, and
+memory still grows by the inputs of the chosen calls alone. Constants are what sections hand on through an encoder of
+pixels, or through a cache of keys and values. `sections=[0]` chooses sections; in all others every y_t is a constant.
+
 A policy of your own is any object with a method `plan(num_steps, seed)` that returns a `StepPlan`.
 
 Every policy of this module takes
@@ -19,6 +26,7 @@ Every policy of this module takes
         HunyuanVideo), this halves the backward pass; where they are one call of a double batch (CogVideoX, LTX), it
         changes the gradient and not the cost.
 and all but `LowVariance`
+    sections: The sections that carry gradient, from 0; None for all.
     detach_input: DRTune (arXiv 2405.00760): the denoiser's input is a constant in every step, and the gradient passes
         from step to step through S_t only. Chained Jacobians of the denoiser, which amplify the gradient of early
         steps, disappear.
@@ -39,7 +47,7 @@ from ..common.errors import UsageError
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The steps of one rollout that carry gradient.
+    """The steps of one section of a rollout that carry gradient; most rollouts have a single one.
 
     Args:
         steps: Their indices, from 0 to N - 1; at least one. Kept as a set.
@@ -48,6 +56,7 @@ class StepPlan:
         repeats: Additional clips from the last step, made of the clean latents with fresh noise; see `LowVariance`.
         surplus: Steps that were asked for beyond those that there are. A rollout does without them; where the number of
             steps is known beforehand (`check_call`), they are an error.
+        sections: The sections that the plan is for, from 0; None for all. Kept as a set.
     """
 
     steps: Collection[int]
@@ -55,19 +64,22 @@ class StepPlan:
     unconditional: bool = True
     repeats: int = 0
     surplus: int = 0
+    sections: Collection[int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", frozenset(self.steps))
+        if self.sections is not None:
+            object.__setattr__(self, "sections", frozenset(self.sections))
 
 
 class StepPolicy(Protocol):
     """The choice of steps that carry gradient: a small frozen object that is passed to `rollout`."""
 
     def plan(self, num_steps: int, seed: int) -> StepPlan:
-        """Plan one rollout.
+        """Plan one section of a rollout.
 
         Args:
-            num_steps: N, the steps of the sampler, 1 or more. A second-order scheduler (Heun) calls the denoiser twice
+            num_steps: N, the steps of the section, 1 or more. A second-order scheduler (Heun) calls the denoiser twice
                 in a step.
             seed: Decides everything that is drawn; the same seed gives the same plan.
 
@@ -83,9 +95,17 @@ class _Through:
 
     detach_input: bool = False
     unconditional: bool = True
+    sections: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sections is not None:
+            name = f"{type(self).__name__}: sections"
+            object.__setattr__(self, "sections", _different_numbers(name, self.sections, "[0] for the first"))
+            for section in self.sections:
+                whole_number(name, section, 0)
 
     def _plan(self, steps: Collection[int], surplus: int = 0) -> StepPlan:
-        return StepPlan(steps, self.detach_input, self.unconditional, surplus=surplus)
+        return StepPlan(steps, self.detach_input, self.unconditional, surplus=surplus, sections=self.sections)
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,7 @@ class LastSteps(_Through):
     count: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("LastSteps: count", self.count)
 
     def first(self, num_steps: int) -> int:
@@ -127,6 +148,7 @@ class RandomLast(_Through):
     count: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("RandomLast: count", self.count)
 
     def plan(self, num_steps: int, seed: int) -> StepPlan:
@@ -148,6 +170,7 @@ class RandomSteps(_Through):
     count: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("RandomSteps: count", self.count)
 
     def plan(self, num_steps: int, seed: int) -> StepPlan:
@@ -167,16 +190,9 @@ class Steps(_Through):
     indices: Sequence[int]
 
     def __post_init__(self) -> None:
-        try:
-            named = tuple(self.indices)
-        except TypeError:
-            named = ()
-        if not named or any(type(index) is not int for index in named) or len(set(named)) < len(named):
-            raise UsageError(
-                f"Steps({self.indices!r}): expected a list of different whole numbers, such as [0, -1] for the first "
-                "and the last step"
-            )
-        object.__setattr__(self, "indices", named)  # hashable, and not the caller's list
+        super().__post_init__()
+        named = _different_numbers("Steps: indices", self.indices, "[0, -1] for the first and the last step")
+        object.__setattr__(self, "indices", named)
 
     def plan(self, num_steps: int, seed: int) -> StepPlan:
         """See `StepPolicy.plan`."""
@@ -243,6 +259,17 @@ def plan_of(policy: StepPolicy, num_steps: int, seed: int) -> StepPlan:
             f"{num_steps - 1}"
         )
     return plan
+
+
+def _different_numbers(argument: str, values: Any, example: str) -> tuple[int, ...]:
+    """The values as a tuple: hashable, and not the caller's list."""
+    try:
+        named = tuple(values)
+    except TypeError:
+        named = ()
+    if not named or any(type(value) is not int for value in named) or len(set(named)) < len(named):
+        raise UsageError(f"{argument}={values!r}: expected a list of different whole numbers, such as {example}")
+    return named
 
 
 def _generator(seed: int) -> torch.Generator:

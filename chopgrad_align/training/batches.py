@@ -11,14 +11,15 @@ import torch
 
 from ..common.errors import UsageError
 from ..data.clips import Clip, Clips
-from ..data.order import mix
-from ..data.prompts import Condition
+from ..data.order import batch_at, mix
 from ..objective.objective import Objective
+from ..sampling.row_arguments import shape_arguments
+from .bound_conditions import BoundCondition, stacked
 from .captions import Captions
 from .methods.protocol import MicroBatch
 
 Text = Mapping[str, str]
-"""Arguments of a pipeline's call that are text: `prompt`, and `negative_prompt` if it is not the same for all."""
+"""Arguments of a pipeline's call that are text: `prompt`, and others if they are not the same for all."""
 
 _HELD_OUT = 1_000_000_000  # far from the seeds of training
 
@@ -47,11 +48,15 @@ class Batches(Protocol):
         """Texts that the pipeline's call is told in their place; each once."""
         ...
 
+    def kinds(self) -> list[MicroBatch]:
+        """A batch of one video of each kind of call: those that bring other arguments, or other values of numbers."""
+        ...
+
 
 class PromptBatches:
-    """Prompts and images, each once in every shuffled epoch.
+    """Prompts and whatever else their rows bring, each once in every shuffled epoch.
 
-    If any condition has a negative prompt, those without one get the common one.
+    A batch is of one shape. If any condition has a negative prompt, those without one get the common one.
 
     Args:
         pipe: Whose call they are for.
@@ -62,77 +67,94 @@ class PromptBatches:
         seed: Of the run.
         seeds: Held-out pairs of a condition that come one after the other.
         captions: What the model is told.
-        negative_prompt: The common one.
+        call: Arguments of the call that are the same for all.
         fixed_noise: Whether a condition is always sampled from the same noise.
-
-    Raises:
-        UsageError: Negative prompts for a pipeline that takes none.
     """
 
     def __init__(
         self,
         pipe: Any,
         objective: Objective,
-        training: Sequence[Condition],
-        held_out: Sequence[Condition],
+        training: Sequence[BoundCondition],
+        held_out: Sequence[BoundCondition],
         batch_size: int,
         seed: int,
         seeds: int = 1,
         captions: Captions = Captions(),  # noqa: B008 (frozen)
-        negative_prompt: str = "",
+        call: Mapping[str, Any] | None = None,
         fixed_noise: bool = False,
     ) -> None:
-        self._captions, self._negative_prompt, self._fixed_noise = captions, negative_prompt, fixed_noise
-        self._has_negatives = any(c.negative_prompt is not None for c in (*training, *held_out))
-        if self._has_negatives and "negative_prompt" not in inspect.signature(type(pipe).__call__).parameters:
-            raise UsageError(f"data: {type(pipe).__name__} takes no negative prompts; leave the column out")
+        self._captions, self._call, self._fixed_noise = captions, dict(call or {}), fixed_noise
+        self._has_negatives = any(row.condition.negative_prompt is not None for row in (*training, *held_out))
         self._pipe, self._terms, self._batch_size, self._seed = pipe, list(objective.terms), batch_size, seed
         self._training, self._held_out, self._seeds = training, held_out, seeds
+        shapes = [row.shape for row in training]
+        self._groups = [[i for i, s in enumerate(shapes) if s == shape] for shape in dict.fromkeys(shapes)]
 
     def micro_batch(self, step: int, places: range) -> MicroBatch:
-        chosen = _choose(len(self._training), self._batch_size, self._seed, step)
-        conditions = [self._training[chosen[i]] for i in places]
+        chosen = self._chosen(step)
+        rows = [self._training[chosen[i]] for i in places]
         seeds = [_noise_seed(self._seed, step, i, chosen[i] if self._fixed_noise else None) for i in places]
-        told = [self._captions.drawn(c.prompt, self._seed, step, i) for c, i in zip(conditions, places, strict=True)]
-        made = self._made(conditions, told, seeds, [mix(self._seed, step, i, 2) for i in places])
+        own = [seed if r.condition.seed is None else r.condition.seed for r, seed in zip(rows, seeds, strict=True)]
+        told = [
+            self._captions.drawn(row.condition.prompt, self._seed, step, i) for row, i in zip(rows, places, strict=True)
+        ]
+        made = self._made(rows, told, own, [mix(self._seed, step, i, 2) for i in places])
         return dataclasses.replace(made, steps_seed=_steps_seed(self._seed, step))
 
     def held_out(self, places: range) -> MicroBatch:
-        seeds = [held_out_seed(i) for i in places]
-        conditions = [self._held_out[i // self._seeds % len(self._held_out)] for i in places]
-        return self._made(conditions, [self._captions.told(c.prompt) for c in conditions], seeds, seeds)
+        rows, seeds = [], []
+        for i in places:
+            turn, place = divmod(i // self._seeds, len(self._held_out))
+            rows.append(self._held_out[place])
+            own = rows[-1].condition.seed
+            seeds.append(held_out_seed(i) if own is None else own + turn * self._seeds + i % self._seeds)
+        return self._made(rows, [self._captions.told(row.condition.prompt) for row in rows], seeds, seeds)
+
+    def kinds(self) -> list[MicroBatch]:
+        firsts: dict[Any, BoundCondition] = {}
+        for row in (*self._held_out, *self._training):
+            numbers = {name: value for name, value in row.constants.items() if name not in row.texts}
+            firsts.setdefault(repr((numbers, [*row.texts], [*row.media])), row)
+        return [self._made([row], [self._captions.told(row.condition.prompt)], [0], [0]) for row in firsts.values()]
 
     def prompts(self, steps: int) -> list[str]:
-        return [*dict.fromkeys(condition.prompt for condition in self._read(steps))]
+        return [*dict.fromkeys(row.condition.prompt for row in self._read(steps))]
 
     def texts(self, steps: int) -> list[Text]:
-        pairs = [(told, self._negative(c)) for c in self._read(steps) for told in self._captions.all_told(c.prompt)]
-        return [
-            {"prompt": told} | ({"negative_prompt": negative} if self._has_negatives else {})
-            for told, negative in dict.fromkeys(pairs)
+        texts = [
+            {"prompt": told, **({"negative_prompt": self._negative(row)} if self._has_negatives else {}), **row.texts}
+            for row in self._read(steps)
+            for told in self._captions.all_told(row.condition.prompt)
         ]
+        return [dict(pairs) for pairs in dict.fromkeys(tuple(text.items()) for text in texts)]
 
-    def _read(self, steps: int) -> list[Condition]:
-        read = min(steps * self._batch_size, len(self._training))
-        return [*self._held_out, *(self._training[i] for i in _choose(len(self._training), read, self._seed, 0))]
+    def _chosen(self, step: int) -> list[int]:
+        if len(self._groups) == 1:
+            return _choose(len(self._training), self._batch_size, self._seed, step)
+        return batch_at(step, self._batch_size, self._groups, self._seed)
 
-    def _negative(self, condition: Condition) -> str:
-        return self._negative_prompt if condition.negative_prompt is None else condition.negative_prompt
+    def _read(self, steps: int) -> list[BoundCondition]:
+        if len(self._groups) > 1:
+            read = dict.fromkeys(i for step in range(steps) for i in self._chosen(step))
+        else:
+            count = min(steps * self._batch_size, len(self._training))
+            read = dict.fromkeys(_choose(len(self._training), count, self._seed, 0))
+        return [*self._held_out, *(self._training[i] for i in read)]
+
+    def _negative(self, row: BoundCondition) -> str:
+        own = row.condition.negative_prompt
+        return (self._call.get("negative_prompt") or "") if own is None else own
 
     def _made(
-        self, conditions: Sequence[Condition], told: list[str], seeds: list[int], frame_seeds: list[int]
+        self, rows: Sequence[BoundCondition], told: list[str], seeds: list[int], frame_seeds: list[int]
     ) -> MicroBatch:
-        from diffusers.utils import load_image
-
-        prompts = [condition.prompt for condition in conditions]
         inputs = call_inputs(self._pipe, told, seeds)
         if self._has_negatives:
-            inputs["negative_prompt"] = _one_or_all([self._negative(condition) for condition in conditions])
-        images = [load_image(str(condition.image)) for condition in conditions if condition.image is not None]
-        if images:
-            inputs["image"] = images[0] if len(images) == 1 else images
-        weights = {name: [condition.weight_of(name) for condition in conditions] for name in self._terms}
-        return MicroBatch(inputs, prompts, frame_seeds, weights, seeds)
+            inputs["negative_prompt"] = _one_or_all([self._negative(row) for row in rows])
+        inputs |= stacked([row.inputs(self._pipe, self._call) for row in rows])
+        weights = {name: [row.condition.weight_of(name) for row in rows] for name in self._terms}
+        return MicroBatch(inputs, [row.condition.prompt for row in rows], frame_seeds, weights, seeds)
 
 
 class ClipBatches:
@@ -182,6 +204,9 @@ class ClipBatches:
         told = [self._told.told(self._text(clip)) for clip in clips]
         return on_device(self._made(clips, told, [held_out_seed(i) for i in places]), self._pipe.device)
 
+    def kinds(self) -> list[MicroBatch]:
+        return [self.held_out(range(1))]
+
     def texts(self, steps: int) -> list[Text]:
         told = (text for prompt in self.prompts(steps) for text in self._told.all_told(prompt))
         return [{"prompt": text} for text in dict.fromkeys(told)]
@@ -204,11 +229,11 @@ class ClipBatches:
         clip = self._training.clip(index, self._seed, step, place)
         if self._caption is not None or clip.caption == self._captions[index]:
             return clip
-        shape = clip.videos["target"].shape
+        shape = clip.bucket
         for earlier in range(step, -1, -1):
             for row in self._training.batch(earlier, self._batch_size, self._seed):
                 other = self._training.clip(row, self._seed, step, place)
-                if other.caption == self._captions[row] and other.videos["target"].shape == shape:
+                if other.caption == self._captions[row] and other.bucket == shape:
                     return other
         raise UsageError(f"data.train: no clip up to step {step + 1} can be read: {self._training.summary()}")
 
@@ -232,8 +257,7 @@ def clip_batch(pipe: Any, clips: Sequence[Clip], captions: list[str], seeds: lis
 
 def _stacked(pipe: Any, clips: Sequence[Clip], captions: list[str], seeds: list[int]) -> MicroBatch:
     videos = {role: torch.stack([clip.videos[role] for clip in clips]) for role in clips[0].videos}
-    frames, _, height, width = clips[0].videos["target"].shape
-    shape = {"num_frames": frames, "height": height, "width": width}
+    shape = shape_arguments(inspect.signature(type(pipe).__call__).parameters, clips[0].bucket)
     return MicroBatch(
         call_inputs(pipe, captions, seeds) | shape, captions, frame_seeds=seeds, seeds=seeds, videos=videos
     )

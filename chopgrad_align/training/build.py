@@ -17,12 +17,14 @@ from ..common.errors import UsageError, located
 from ..common.loading import construct, construct_known
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
+from ..sampling.call_shape import as_taken
 from ..sampling.rollout import check_call
 from . import guard
 from .average import Average
 from .config import Config, Guard
 from .data import clip_encoder
-from .lora import TRAINED, freeze, lora_config, lora_file, read_lora
+from .lora import TRAINED, freeze, lora_config, read_lora, with_what_fits
+from .lora_files import lora_file, open_lora
 from .methods import DirectGradient
 from .models import check_prediction, load_objective, load_pipeline
 from .optimizers import make_optimizer, make_schedule
@@ -48,7 +50,7 @@ class Models:
 def load_models(
     config: Config,
     device: torch.device,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Callable[[Any], Sequence[Mapping[str, Any]]],
     new_weights: AbstractContextManager[Any] | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Models:
@@ -57,7 +59,7 @@ def load_models(
     Args:
         config: Of the run.
         device: Where rewards and losses go.
-        calls: Arguments of the pipeline's call for each shape of video that it will make.
+        calls: From the pipeline to the arguments of each kind of call that it will make.
         new_weights: Context in which the trained weights are made.
         mesh: Processes that share one copy of the frozen denoisers.
 
@@ -65,10 +67,11 @@ def load_models(
         UsageError: A model, scheduler, call, reward, loss or layer that is not there or does not fit.
     """
     if config.lora.start_from is not None:
-        lora_file(Path(config.lora.start_from))
+        with located("lora.start_from"):
+            open_lora(lora_file(Path(config.lora.start_from)))
     pipe = load_pipeline(config.model, mesh)
     check_prediction(pipe, config)
-    _check_calls(pipe, config, calls)
+    _check_calls(pipe, config, calls(pipe))
     objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
     torch.manual_seed(config.run.seed)  # the first weights
     with shapes_of_the_whole(pipe), nullcontext() if new_weights is None else new_weights:
@@ -84,7 +87,7 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
     """
     named = config.trainable
     if named is None:
-        made: Trainable = LoraOnDenoisers(pipe, _adapter(config))
+        made: Trainable = LoraOnDenoisers(pipe, _adapter(config), config.lora.denoisers)
     else:
         freeze(pipe)
         found = construct_known("trainable", named.name, _TRAINABLES, named.args, pipe=pipe)
@@ -120,7 +123,8 @@ def _check_calls(pipe: Any, config: Config, calls: Sequence[Mapping[str, Any]]) 
                 raise UsageError(f"expected values by name, got {shown(value)}")
     with located("model.call"):
         for call in calls:
-            check_call(pipe, {**call, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
+            taken = as_taken(pipe, call) if config.data.clips else call
+            check_call(pipe, {**taken, **config.prediction.columns}, steps, reserved=("generator", "prompt"))
         most = pipe.scheduler.config.get("num_train_timesteps", math.inf)
         if (config.model.call.get("num_inference_steps") or 0) > most:
             raise UsageError(f"num_inference_steps: expected at most {most}, the times that the scheduler has")
@@ -139,7 +143,7 @@ def make_method(
     """
     settings: dict[str, Any] = {
         "pipe": models.pipe,
-        "call": dict(config.model.call),
+        "call": as_taken(models.pipe, config.model.call) if config.data.clips else dict(config.model.call),
         "objective": models.objective,
         "steps": config.gradient.step_policy(),
         "backprop": config.gradient.policy(),
@@ -182,14 +186,17 @@ def make_guard(config: Guard, witnesses: Mapping[str, Witness]) -> guard.Guard:
     )
 
 
-def make_state(config: Config, trainable: Trainable) -> TrainState:
+def make_state(config: Config, pipe: Any, trainable: Trainable) -> TrainState:
     """The state of a run before its first step.
 
     Raises:
         UsageError: `lora.start_from` does not fit; an optimizer or schedule that cannot be made.
     """
     if config.lora.start_from is not None:
-        trainable.load_state_dict(read_lora(Path(config.lora.start_from), _adapter(config)))
+        with located("lora.start_from"):
+            found = read_lora(pipe, Path(config.lora.start_from), _adapter(config), config.lora.partial)
+            own = trainable.state_dict()
+            trainable.load_state_dict(with_what_fits(own, found) if config.lora.partial else found)
     optimizer, decay = make_optimizer(trainable.parameters, config.train), config.ema.decay
     average = None if decay is None else Average(trainable.parameters, decay)
     return TrainState(trainable, optimizer, make_schedule(optimizer, config.train), average)

@@ -90,6 +90,8 @@ class FusedLora:
     scale: Finite = 1.0
     second: bool = False
     """True for the LoRA of `transformer_2`, of Wan 2.2's pair of transformers."""
+    partial: bool = False
+    """True to leave out what of it does not fit the model; otherwise that is an error."""
 
 
 @_strict
@@ -101,10 +103,17 @@ class Model:
     vae_dtype: Dtype = "float32"
     variant: Name | None = None
     """Variant of the weight files, such as fp16."""
+    revision: Name | None = None
+    """Branch, tag or commit of the hub repository, if not its main branch."""
+    pipeline: Name | None = None
+    """Class of diffusers to load it as, such as AnimateDiffPipeline; default: that which it names itself."""
+    components: dict[Name, Name] = field(default_factory=dict)
+    """Models of diffusers in the place of its own, or beside them: folder or hub id by name, such as motion_adapter."""
     loras: dict[TermName, FusedLora] = field(default_factory=dict)
     """Fused into the weights as these are loaded, in order: of few-step distillation, or of an earlier run."""
     scheduler: dict[str, Any] = field(default_factory=dict)
-    """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone."""
+    """Replace the scheduler: its class as `name`, and settings to change; without `name`, settings alone. What the
+    model was trained as, and the shift of its times, are carried over to another class."""
     call: dict[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call: height, width, num_frames, num_inference_steps, guidance_scale, …"""
     noise: Named | None = None
@@ -136,6 +145,9 @@ class Lora:
     targets: Targets = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     """Names of the denoiser's linear layers, or one regular expression of whole names, which can choose blocks:
     blocks\\.(2[0-9])\\..*to_[qkv] are those of the blocks 20 to 29."""
+    denoisers: Annotated[list[Literal["transformer", "transformer_2", "unet"]], EachOnce] | None = None
+    """Denoisers that have one; default: all. Of Wan 2.2's pair the last steps, which are of low noise, are those of
+    `transformer_2`: with `gradient.last_steps` a LoRA on the other has no gradient."""
     rslora: bool = False
     """Scale by alpha / √rank (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
@@ -147,6 +159,8 @@ class Lora:
     for."""
     start_from: Name | None = None
     """Folder or file of a LoRA of the same rank and layers, to go on from, such as that of an earlier run."""
+    partial: bool = False
+    """True to take what fits of `start_from`, and start the other layers as new ones; otherwise that is an error."""
     dropout: Fraction = 0.0
     """Share of the LoRA's input that is set to zero. Above 0, results depend on the number of processes and on
     `train.micro_batch`."""
@@ -157,16 +171,17 @@ class Clips:
     """Settings of clips; without them the data are prompts."""
 
     columns: dict[Name, Name] = field(default_factory=dict)
-    """Which column of the metadata holds what: target, caption, and any of degraded, mask, control, image. Default:
-    file_name is the target, and caption the caption."""
+    """Which column of the metadata holds what: target, caption, and any of degraded, mask, control, image. Without a
+    target there is none, and no loss. Default: target and caption by their usual names, such as file_name and text."""
     buckets: list[tuple[Positive, Pixels, Pixels]] = field(default_factory=list)
     """Frames, height and width that clips are cut to, the nearest for each file; default that of model.call."""
     stride: Positive = 1
     """Every how many frames one is taken."""
     fps: FramesPerSecond | None = None
     """To which every file is resampled before the stride; default its own."""
-    starts: Positive | None = None
-    """Clips a file, evenly spaced; default: any frame can be the first."""
+    starts: Positive | Literal["all"] | None = None
+    """Clips a file, evenly spaced, of which one is drawn each time; all: as many as fit without overlapping, each of
+    which is a clip of its own; default: any frame can be the first."""
     crop: Literal["center", "random", "native"] = "center"
     degradation: Any = None
     """Makes `degraded` from the target: a name and its settings, or a list of them."""
@@ -183,10 +198,16 @@ class Clips:
 @_strict
 class Data:
     train: Name
-    """Prompt file (.txt, .csv, .jsonl) to sample from; see `read_conditions` for images and weights. With `clips`: a
-    folder of videos, or a Hugging Face data set."""
+    """Prompts to sample from: .txt, a table (.csv, .jsonl, .json, .parquet) whose columns are arguments of the
+    pipeline's call, or a folder of first images. With `clips`: a folder of videos, a table of them, WebDataset shards
+    (.tar), or a Hugging Face data set. See docs/data.md."""
     held_out: Name
     """The same, to measure with."""
+    buckets: list[tuple[Positive, Pixels, Pixels]] = field(default_factory=list)
+    """Frames, height and width of the videos that are made of prompts: the nearest for each image or video of a row,
+    and all for a row without; default that of model.call."""
+    ignore: list[Name] = field(default_factory=list)
+    """Columns of prompt tables that are not read, though they are called as an argument of the call, or nearly."""
     clips: Clips | None = None
     cache: Name | None = None
     """Folder that keeps, for this run and later ones, embeddings of prompts and latents of those clips that come again:
@@ -538,6 +559,8 @@ class Config:
             )
         if self.data.cache is not None and self.data.clips is None and not self.model.encode_prompts_once:
             raise ValueError("data.cache has nothing to keep with model.encode_prompts_once=false: leave it out")
+        if self.data.clips is not None and (self.data.buckets or self.data.ignore):
+            raise ValueError("data.buckets and data.ignore are of prompts: give data.clips.buckets and columns")
         if self.data.clips is None and (self.losses or self.prediction.mode != "sample" or self.prediction.columns):
             raise ValueError(
                 "losses, prediction.columns and the modes one_step and denoise need clips: give data.clips"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -39,12 +40,16 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     `key.sub=value` sets a key, `~key.sub` leaves it out.
 
+    A file that begins with `extends: base.yaml`, or with a list of files, holds what it has beside them or otherwise:
+    each is merged over those before it, section by section, and the file over all. Their paths are relative to the
+    file's folder.
+
     `${package:PATH}` and `${configs:PATH}` in a value are files of the installed package and of its configs; paths are
     otherwise relative to the current folder.
 
     Raises:
-        UsageError: No such file, not YAML, an unknown key, a wrong type or an impossible value: one line with the key,
-            what was expected and the nearest known key.
+        UsageError: No such file, or none that it extends, or a circle of these; not YAML, an unknown key, a wrong type
+            or an impossible value: one line with the key, what was expected and the nearest known key.
     """
     OmegaConf.register_resolver("package", _package_path, replace=True)
     OmegaConf.register_resolver("configs", _configs_path, replace=True)
@@ -89,7 +94,14 @@ def check_config(values: Any, where: str) -> Config:
         raise UsageError(f"{where}: " + "; ".join(wrong[:_SHOWN] + more)) from error
 
 
-def _tree(path: Path) -> DictConfig:
+def _tree(path: Path, above: tuple[Path, ...] = ()) -> DictConfig:
+    """The content of a file with that of the files that it extends; `above` are those that extend it."""
+    path = Path(os.path.normpath(path))
+    if path in above:
+        circle = " → ".join(p.name for p in (*above[above.index(path) :], path))
+        raise UsageError(f"configs extend each other in a circle: {circle}")
+    if above and not path.is_file():
+        raise UsageError(f"{above[-1]} extends {path}, which is not there")
     if path.stat().st_size > _MOST_BYTES:
         raise UsageError(f"{path} has more than {_MOST_BYTES:,} bytes; give the YAML file of a run")
     text = path.read_text(encoding="utf-8")
@@ -98,7 +110,13 @@ def _tree(path: Path) -> DictConfig:
     tree = OmegaConf.load(path)
     if not isinstance(tree, DictConfig):
         raise UsageError(f"the config {path} must be a mapping of sections, such as run, model and train")
-    return tree
+    bases = OmegaConf.to_container(tree).get("extends", [])  # type: ignore[union-attr]
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) and base for base in bases):
+        raise UsageError(f"{path}: extends: expected a file or a list of files, got {shown(tree.extends)}")
+    tree.pop("extends", None)
+    merged = OmegaConf.merge(*(_tree(path.parent / base, (*above, path)) for base in bases), tree)
+    return cast(DictConfig, merged)
 
 
 def _values(node: yaml.Node | None, known: dict[int, float]) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,21 +14,29 @@ from ..common.errors import UsageError, located
 from ..data.buckets import Bucket
 from ..data.cache import Cache
 from ..data.clips import Clips
-from ..data.prompts import Condition, check_images, read_conditions
+from ..data.listing import Listing
+from ..data.prompts import Condition, check_images, list_conditions
 from ..data.source import Row
 from ..objective.objective import Objective
 from ..sampling.predictions.columns import expect_role
 from ..sampling.predictions.latents import Encoder
+from ..sampling.row_arguments import shape_arguments
 from .batches import Batches, ClipBatches, PromptBatches
+from .bound_conditions import Binding, BoundCondition, bind, check_stacks
 from .config import Clips as ClipsConfig
 from .config import Config
+from .parallel import launched_as_main
 
 
 class Data(Protocol):
     """Training and held-out data of a run."""
 
-    def shapes(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The pipeline's call for each shape of video that the data ask for."""
+    def calls(self, pipe: Any, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The arguments of each kind of call that the data ask for, without pictures and videos.
+
+        Raises:
+            UsageError: The data bring what the pipeline does not take.
+        """
         ...
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> Batches:
@@ -67,41 +76,88 @@ def _check_cache(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class PromptData:
-    """Prompts and first images."""
+    """Prompts, and whatever else the rows of their files bring.
+
+    Attributes:
+        training: To sample from.
+        held_out: To measure with.
+        config: Of the run.
+    """
 
     training: list[Condition]
     held_out: list[Condition]
+    config: Config
+    _bound: dict[Any, tuple[Binding, Binding]] = field(default_factory=dict, compare=False, repr=False)
 
-    def shapes(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [dict(call)]
+    def bound(self, pipe: Any) -> tuple[Binding, Binding]:
+        """The rows of both files for a pipeline.
+
+        Raises:
+            UsageError: As `bind`, or rows that are not to be in one call.
+        """
+        if type(pipe) not in self._bound:
+            settings, batch = self.config.data, self.config.validation.batch
+            shapes = [Bucket(*shape) for shape in settings.buckets]
+            both = [bind(pipe, of, settings.ignore, shapes) for of in (self.training, self.held_out)]
+            if batch > 1 and len({row.shape for row in both[1].rows}) > 1:
+                raise UsageError("data.held_out: videos of several shapes do not stack: set validation.batch=1")
+            for key, binding in zip(("data.train", "data.held_out"), both, strict=True):
+                if max(self.config.train.micro_batch, batch) > 1:
+                    check_stacks(binding.rows)
+                read, unread = binding.arguments, binding.unread
+                if read or unread:
+                    _say(
+                        f"{key}: columns that are arguments of {type(pipe).__name__}: {', '.join(read) or 'none'}; "
+                        f"columns that are not read: {', '.join(unread) or 'none'}"
+                    )
+            self._bound[type(pipe)] = both[0], both[1]
+        return self._bound[type(pipe)]
+
+    def calls(self, pipe: Any, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        rows = [row for binding in self.bound(pipe) for row in binding.rows]
+        return [*{repr(row.constants): {**call, **row.constants} for row in rows}.values()]
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> PromptBatches:
         size, seed, seeds = config.train.batch_size, config.run.seed, config.validation.seeds
+        training, held_out = self.bound(pipe)
         return PromptBatches(
             pipe,
             objective,
-            self.training,
-            self.held_out,
+            training.rows,
+            _one_shape_each(held_out.rows),
             size,
             seed,
             seeds,
             captions=config.data.captions(),
-            negative_prompt=config.model.call.get("negative_prompt") or "",
+            call=config.model.call,
             fixed_noise=config.train.seeds == "fixed",
         )
 
     def conditions(self, pairs: int, seeds: int) -> list[int]:
-        each = [(condition.prompt, condition.image) for condition in self.held_out]
+        each = [(c.prompt, c.image, repr(c.cells)) for c in self.held_out]
         return [each.index(each[i // seeds % len(each)]) for i in range(pairs)]
 
     def groups(self, pairs: int, seeds: int) -> list[int]:
         return self.conditions(pairs, seeds)
 
 
+def _one_shape_each(rows: Sequence[BoundCondition]) -> list[BoundCondition]:
+    """Each condition once: of several shapes another one in turn."""
+    of_row: dict[int, list[BoundCondition]] = {}
+    for row in rows:
+        of_row.setdefault(id(row.condition), []).append(row)
+    return [shapes[i % len(shapes)] for i, shapes in enumerate(of_row.values())]
+
+
 def _prompt_data(config: Config) -> PromptData:
-    data = PromptData(read_conditions(config.data.train), read_conditions(config.data.held_out))
+    read = {}
+    for key, name in (("data.train", config.data.train), ("data.held_out", config.data.held_out)):
+        with located(key):
+            read[key], said = list_conditions(name)
+        _say(f"{key}: {name}: {said}")
+    data = PromptData(read["data.train"], read["data.held_out"], config)
     if Path(config.data.train).samefile(config.data.held_out):
-        print(f"data.held_out: {config.data.held_out} is data.train too; what is measured there is not held out")
+        _say(f"data.held_out: {config.data.held_out} is data.train too; what is measured there is not held out")
     both = data.training + data.held_out
     for condition in both:
         for name in condition.weights:
@@ -109,7 +165,7 @@ def _prompt_data(config: Config) -> PromptData:
                 hint = nearest(name, config.rewards) or f"; there are {', '.join(config.rewards) or 'none'}"
                 raise UsageError(f"data: no reward is called as in the column 'weight.{name}'{hint}")
     check_images(both)
-    if any(c.image for c in both) and max(config.train.micro_batch, config.validation.batch) > 1:
+    if max(config.train.micro_batch, config.validation.batch) > 1 and any(condition.image for condition in both):
         raise UsageError("pipelines take one image a call: set train.micro_batch=1 and validation.batch=1")
     return data
 
@@ -122,8 +178,9 @@ class ClipData:
     held_out: Clips
     buckets: list[Bucket]
 
-    def shapes(self, call: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [{**call, **bucket.arguments} for bucket in self.buckets]
+    def calls(self, pipe: Any, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        return [{**call, **shape_arguments(parameters, bucket)} for bucket in self.buckets]
 
     def batches(self, pipe: Any, objective: Objective, config: Config) -> ClipBatches:
         caption = config.data.clips.caption if config.data.clips else None
@@ -151,13 +208,12 @@ def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
     shapes = buckets(config, clips)
     if len(shapes) > 1 and config.validation.batch > 1:
         raise UsageError("clips of several buckets do not stack: set validation.batch=1")
-    training = _rows(config.data.train, clips.split, clips)
-    held_out = _rows(config.data.held_out, clips.held_out_split, clips)
-    trained = set(_targets(config.data.train, clips.split, training))
-    targets = _targets(config.data.held_out, clips.held_out_split, held_out)
-    if both := sum(target in trained for target in targets):
-        print(
-            f"data.held_out: {both} of {len(targets)} clips are training clips too; "
+    training = _rows("data.train", config.data.train, clips.split, clips)
+    held_out = _rows("data.held_out", config.data.held_out, clips.held_out_split, clips)
+    trained = {row.identity for row in training if row.identity is not None}
+    if both := sum(row.identity in trained for row in held_out):
+        _say(
+            f"data.held_out: {both} of {len(held_out)} clips are training clips too; "
             "what is measured there is not held out"
         )
     data = ClipData(
@@ -170,23 +226,21 @@ def _clip_data(config: Config, clips: ClipsConfig) -> ClipData:
     return data
 
 
-def _targets(name: str, split: str, rows: Sequence[Row]) -> list[Any]:
-    """An identity for the target of each row: its file, or its place in a data set."""
-    from ..data.table import is_one_split
-
-    part = "" if is_one_split(name) else split
-    targets = [(row.name, row.sources["target"]) for row in rows]
-    return [target.resolve() if isinstance(target, Path) else (part, place) for place, target in targets]
-
-
 def _check_roles(config: Config, name: str, clips: Clips) -> None:
     """Raise a UsageError for a role that the config gives to the prediction and the clips do not have."""
     wanted = config.prediction.roles
-    if not wanted:
+    needs_target = [f"losses.{key}" for key in config.losses]
+    needs_target += ["prediction.mode=denoise"] * (config.prediction.mode == "denoise")
+    if not (wanted or needs_target):
         return
     roles = clips.clip(0).videos
     for key, role in wanted.items():
         expect_role(key, role, roles, name)
+    if needs_target and "target" not in roles:
+        raise UsageError(
+            f"{needs_target[0]} compares with a target, and {name} has none: name its column as "
+            f"data.clips.columns.target. It has: {', '.join(roles)}"
+        )
 
 
 def held_out_clips(config: Config) -> Clips:
@@ -198,7 +252,7 @@ def held_out_clips(config: Config) -> Clips:
     clips = config.data.clips
     if clips is None:
         raise UsageError("expected a config whose data are clips (data.clips)")
-    rows = _rows(config.data.held_out, clips.held_out_split, clips)
+    rows = _rows("data.held_out", config.data.held_out, clips.held_out_split, clips)
     return _clips(config.data.held_out, rows, clips, buckets(config, clips))
 
 
@@ -245,19 +299,31 @@ def _clips(name: str, rows: Sequence[Row], config: ClipsConfig, buckets: list[Bu
         on_bad_file=config.on_bad_file,
     )
     if clips.bad:
-        print(f"{name}: {clips.summary()}")
+        _say(f"{name}: {clips.summary()}")
     return clips
 
 
-def _rows(name: str, split: str, config: ClipsConfig) -> list[Row]:
-    from ..data.table import is_saved_dataset, read_dataset
-    from ..data.videofolder import COLUMNS, read_folder
+def _rows(key: str, name: str, split: str, config: ClipsConfig) -> list[Row]:
+    listing = _listed(name, split, config)
+    _say(f"{key}: {name}: {listing.summary()}")
+    return listing.rows
 
-    if Path(name).exists() and not is_saved_dataset(name):
+
+def _listed(name: str, split: str, config: ClipsConfig) -> Listing:
+    from ..data.table import is_parquet_folder, is_saved_dataset, list_dataset
+    from ..data.videofolder import list_folder
+
+    if Path(name).exists() and not is_saved_dataset(name) and not is_parquet_folder(name):
         for key in ("split", "held_out_split"):
             if getattr(config, key) != getattr(ClipsConfig(), key):
                 raise UsageError(
                     f"data.clips.{key} has no effect on the folder {name}, which has no splits: leave it out"
                 )
-        return read_folder(name, config.columns)
-    return read_dataset(name, config.columns or COLUMNS, split)
+        return list_folder(name, config.columns)
+    return list_dataset(name, config.columns, split)
+
+
+def _say(line: str) -> None:
+    """Print a line about the data, once for all processes."""
+    if launched_as_main():
+        print(line)

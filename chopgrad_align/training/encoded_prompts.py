@@ -32,7 +32,13 @@ def release_text_encoders(pipe: Any) -> None:
 
 
 def encode_prompts(
-    pipe: Any, arguments: Mapping[str, Any], texts: Iterable[Mapping[str, str]], cache: Cache, device: torch.device
+    pipe: Any,
+    arguments: Mapping[str, Any],
+    texts: Iterable[Mapping[str, str]],
+    cache: Cache,
+    device: torch.device,
+    others: Iterable[Mapping[str, Any]] = (),
+    stacked: bool = True,
 ) -> bool:
     """Encode prompts as the pipeline's call would; from then on it takes them from the cache, and has no text encoder.
 
@@ -46,13 +52,15 @@ def encode_prompts(
         texts: All that the pipeline will be called with: `prompt`, and other arguments that go with it.
         cache: Where the embeddings are kept.
         device: To encode on.
+        others: Arguments of further calls, which may encode with other settings.
+        stacked: Whether the pipeline will be called with several prompts at a time.
 
     Returns:
         False, and nothing has changed, if the pipeline takes no prompt, or encodes prompts with something else than
         text, such as an image.
 
     Raises:
-        UsageError: The embeddings of two prompts are of different shapes, so that they do not stack.
+        UsageError: The embeddings of two prompts are to be stacked, and of different lengths without a mask.
     """
     encodes = "prompt" in inspect.signature(getattr(pipe, "encode_prompt", lambda: None)).parameters
     if "prompt" not in arguments or not encodes or not text_encoders(pipe):
@@ -60,22 +68,25 @@ def encode_prompts(
     for encoder in text_encoders(pipe).values():
         encoder.to(device)
     encoded = _EncodedPrompts(pipe, cache, device)
-    calls = encoded.learn(arguments)
-    # Those of the prompt itself, and not, say, of the negative one in a call of its own.
-    calls = [call for call in calls if call["prompt"] == arguments["prompt"]]
-    if not calls:
-        return False
-    shapes: dict[str, list[torch.Size]] = {}
+    calls: list[dict[str, Any]] = []
+    for given in (arguments, *others):
+        # Those of the prompt itself, and not, say, of the negative one in a call of its own.
+        learnt = [call for call in encoded.learn(given) if call["prompt"] == given["prompt"]]
+        if not learnt:
+            return False
+        calls += learnt
+    shapes: dict[str, list[list[torch.Size]]] = {}
     other = distributed.is_initialized() and distributed.get_rank() > 0  # than the main process
     for text in tqdm([*texts], desc="encoding prompts", leave=False, disable=other):
-        rows = [encoded.add({**call, **text}) for call in calls]
+        rows = [encoded.add({name: text.get(name, value) for name, value in call.items()}) for call in calls]
         prompt = text["prompt"]
-        shapes[prompt] = [tensor.shape for row in rows for tensor in row.values()]
+        shapes[prompt] = [[tensor.shape for tensor in row.values()] for row in rows]
         first = next(iter(shapes))
-        if shapes[prompt] != shapes[first]:
+        if stacked and shapes[prompt] != shapes[first] and not all(map(_has_mask, rows)):
             raise UsageError(
                 f"{type(pipe).__name__} encodes {first!r} and {prompt!r} to different shapes, {shapes[first]} and "
-                f"{shapes[prompt]}, which do not stack: set model.encode_prompts_once=false"
+                f"{shapes[prompt]}, which do not stack: set train.micro_batch=1 and validation.batch=1, or "
+                "model.encode_prompts_once=false"
             )
     pipe.encode_prompt = encoded
     release_text_encoders(pipe)
@@ -112,12 +123,13 @@ class _EncodedPrompts:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
-        if arguments["prompt"] is None:  # the caller has embeddings
+        if arguments["prompt"] is None and any(isinstance(value, Tensor) for value in arguments.values()):
+            # The caller has embeddings; HunyuanVideo 1.5 without them means an empty prompt.
             return self._encode(*args, **kwargs)
         device = arguments.pop("device", None) or self._pipe.device
         rows = [self._row(one) for one in _one_by_one(arguments)]
         together = {
-            name: torch.cat([row[name] for row in rows]).to(device) if first.numel() else None
+            name: torch.cat(_padded([row[name] for row in rows])).to(device) if first.numel() else None
             for name, first in rows[0].items()
         }
         return together[_ALONE] if _ALONE in together else tuple(together.values())
@@ -161,14 +173,31 @@ class _EncodedPrompts:
 def _one_by_one(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The arguments for each prompt of several: of lists that go with the prompts, the item that goes with this one."""
     prompts = arguments["prompt"]
-    if isinstance(prompts, str):
-        yield arguments
+    alone = {"batch_size": 1} if "batch_size" in arguments else {}
+    if prompts is None or isinstance(prompts, str):
+        for _ in range(arguments.get("batch_size", 1)):
+            yield arguments | alone
         return
     for i in range(len(prompts)):
         yield {
             name: value[i] if isinstance(value, list) and len(value) == len(prompts) else value
             for name, value in arguments.items()
-        }
+        } | alone
+
+
+def _has_mask(row: Mapping[str, Tensor]) -> bool:
+    """True if a mask of tokens, `(1, tokens)` of whole numbers, is among the embeddings of a prompt."""
+    return any(tensor.ndim == 2 and not tensor.is_floating_point() for tensor in row.values())
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    """Embeddings `(1, tokens, …)` of the same number of tokens, the missing ones zero; so are they in a mask."""
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return tensors
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [
+        torch.cat([tensor, tensor.new_zeros(1, longest - tensor.shape[1], *tensor.shape[2:])], 1) for tensor in tensors
+    ]
 
 
 def _json(arguments: Mapping[str, Any]) -> str:

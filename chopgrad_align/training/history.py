@@ -57,7 +57,7 @@ class History:
         if not write:
             return
         if measurement.step == 0 and self._base:
-            tensors = {f"{n}/{i}": kept for n, pairs in self._base.items() for i, kept in enumerate(pairs)}
+            tensors = {f"{n}/{i}": kept.contiguous() for n, pairs in self._base.items() for i, kept in enumerate(pairs)}
             with whole_file(self._folder / _BASE) as partial:
                 partial.write_bytes(safetensors.torch.save(tensors))
         with whole_file(self._path(measurement.step)) as partial:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.order import mix
 from ..data.video import write_video
 from ..evaluation.witnesses import Witness, on_device
 from ..objective.objective import Objective
 from ..objective.terms import Reference
+from ..sampling.outputs import frames_of
 from ..sampling.predictions import Prediction
+from ..sampling.randomness import seeded
 from .batches import Batches
 from .methods.protocol import MicroBatch
 
@@ -136,5 +139,7 @@ def predict(
 ) -> tuple[Tensor, Reference]:
     """Videos `(B, F, 3, H, W)` in [0, 1] by the pipeline's plain call, and what to compare them with."""
     with prediction.prepare(pipe, batch.videos, batch.seeds, False, latents) as begun:
-        video = pipe(**call | dict(batch.inputs) | dict(begun.inputs), output_type="pt").frames
-    return video, begun.reference()
+        inputs = call | dict(batch.inputs) | dict(begun.inputs)
+        with seeded(pipe, inputs.get("generator"), mix(*batch.seeds)):
+            output = pipe(**inputs, output_type="pt")
+    return frames_of(pipe, output), begun.reference()

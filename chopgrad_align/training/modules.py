@@ -99,7 +99,18 @@ def load_modules(pipe: Any, folder: Path) -> None:
     Raises:
         UsageError: The file is not there, or does not fit the pipeline.
     """
+    for weight, value in fitted_modules(pipe, folder):
+        weight.data.copy_(value)
+
+
+def fitted_modules(pipe: Any, folder: Path) -> list[tuple[nn.Parameter, Tensor]]:
+    """The weights of a pipeline that `Modules` exported others for, each with its value.
+
+    Raises:
+        UsageError: As `load_modules`.
+    """
     file = folder / MODULES_NAME if folder.is_dir() else folder
+    fitted = []
     if not file.is_file():
         raise UsageError(f"there are no trained modules {file}; give the folder RUN/lora of a run that trained modules")
     for name, value in load_file(file).items():
@@ -110,7 +121,8 @@ def load_modules(pipe: Any, folder: Path) -> None:
             raise UsageError(f"{file} does not fit {type(pipe).__name__}, which has no weight {name}") from error
         if weight.shape != value.shape:
             raise UsageError(f"{file} does not fit {type(pipe).__name__}: {name} has {tuple(weight.shape)} there")
-        weight.data.copy_(value)
+        fitted.append((weight, value))
+    return fitted
 
 
 def _chosen(parts: Mapping[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:

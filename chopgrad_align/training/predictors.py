@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,14 +11,15 @@ from torch import Tensor
 
 from ..common.errors import UsageError
 from ..data.clips import Clip
+from ..sampling.call_shape import as_taken, frames_asked
 from ..sampling.predictions import Denoise
 from ..sampling.predictions.windows import predict_long
 from .batches import clip_batch, held_out_clip, held_out_seed
 from .config import Config
 from .data import held_out_clips
-from .lora import load_lora, lora_file
 from .measurement import predict
 from .models import check_model, load_pipeline
+from .trained_models import TrainedModels, trained_file
 
 
 class HeldOutClips:
@@ -44,12 +44,15 @@ class HeldOutClips:
         return (held_out_clip(self._clips, place) for place in range(self._count))
 
 
-def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Callable[[Clip], Tensor]]:
-    """A predictor of clips for each LoRA, on one pipeline that is loaded once.
+def restorers(
+    config: Config, trained: Mapping[str, Path | None], partial: bool = False
+) -> dict[str, Callable[[Clip], Tensor]]:
+    """A predictor of clips for each trained model, on one pipeline that is loaded once.
 
     Args:
         config: Its model and prediction are used, and the captions of its data.
-        loras: Folder or file of each; None is the model as it is.
+        trained: Folder or file of each LoRA or trained modules; None is the model as it is.
+        partial: Whether to leave out what of a LoRA does not fit.
 
     Returns:
         For each name a function from a clip to a video `(F, 3, H, W)` in [0, 1], float32 on the CPU; of a clip that is
@@ -66,15 +69,10 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
             "prediction.mode=one_step or prediction.mode=sample"
         )
     check_model(config.model)
-    files = {name: None if lora is None else lora_file(lora) for name, lora in loras.items()}
+    files = {name: None if path is None else trained_file(path) for name, path in trained.items()}
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     pipe = load_pipeline(config.model).to(device)
-    adapters = {name: f"method_{i}" for i, name in enumerate(files)}  # peft takes no dots in its names
-    for name, file in files.items():
-        if file is not None:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are what is wanted
-                load_lora(pipe, file, adapters[name])
+    models = TrainedModels(pipe, files, partial)
     caption, told = config.data.clips.caption if config.data.clips else None, config.data.captions().told
 
     def restorer(name: str) -> Callable[[Clip], Tensor]:
@@ -82,23 +80,18 @@ def restorers(config: Config, loras: Mapping[str, Path | None]) -> dict[str, Cal
 
         def restore(clip: Clip) -> Tensor:
             nonlocal place
-            if any(file is not None for file in files.values()):
-                if files[name] is None:
-                    pipe.disable_lora()
-                else:
-                    pipe.enable_lora()
-                    pipe.set_adapters(adapters[name])
+            models.use(name)
             seeds, texts = [held_out_seed(place)], [told(clip.caption if caption is None else caption)]
             place += 1
 
             def run(videos: Mapping[str, Tensor]) -> Tensor:
                 part = dataclasses.replace(clip, videos={role: video[0] for role, video in videos.items()})
                 with torch.no_grad():
-                    video, _ = predict(pipe, call, prediction, clip_batch(pipe, [part], texts, seeds))
+                    video, _ = predict(pipe, as_taken(pipe, call), prediction, clip_batch(pipe, [part], texts, seeds))
                 return video.float().cpu().clamp(0, 1)
 
             whole = {role: video[None] for role, video in clip.videos.items()}
-            window = call.get("num_frames", len(clip.videos["target"]))
+            window = frames_asked(call) or len(clip.videos["target"])
             if len(clip.videos["target"]) <= window:
                 return run(whole)[0]
             stride = pipe.vae_scale_factor_temporal

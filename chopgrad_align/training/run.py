@@ -10,6 +10,7 @@ from ..common.errors import UsageError
 from ..data.cache import Cache
 from ..evaluation.heldout import Paired
 from ..evaluation.witnesses import check_witnesses
+from ..sampling.call_shape import frames_asked
 from ..sampling.predictions.columns import arguments
 from .build import load_models, make_guard, make_method, make_state, make_witnesses
 from .config import Config
@@ -102,11 +103,11 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
             f"validation.pairs={config.validation.pairs} must be at least the number of processes, {parallel.world}"
         )
     call = dict(config.model.call)
-    models = load_models(config, parallel.device, data.shapes(call), mesh=parallel.sharing())
+    models = load_models(config, parallel.device, lambda pipe: data.calls(pipe, call), mesh=parallel.sharing())
     batches = data.batches(models.pipe, models.objective, config)
     size = (call["height"], call["width"]) if call.get("height") and call.get("width") else (64, 64)
     prompts = (batches.prompts(0) * 2)[:2]  # there may be one
-    probe = (prompts, call.get("num_frames", 5), size, parallel.device)
+    probe = (prompts, frames_asked(call) or 5, size, parallel.device)
     for name, term in models.objective.terms.items():
         term.check(name, *probe)
     witnesses = make_witnesses(config)
@@ -115,7 +116,7 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(4 * (3 if config.ema.decay is None else 4) * count * (config.checkpoint.keep + 1))
     phases, requests = Phases(parallel.device), StopRequests(say=parallel.is_main)
-    method, state = make_method(config, models, phases), make_state(config, models.trainable)
+    method, state = make_method(config, models, phases), make_state(config, models.pipe, models.trainable)
     validation = Validation(
         method=method,
         data=data,
@@ -151,10 +152,13 @@ def prepare(trainer: Trainer, resume: bool) -> None:
     config, parallel, method, batches = trainer.config, trainer.parallel, trainer.method, trainer.batches
     if config.model.encode_prompts_once:
         # The rest of the pipeline waits on the CPU.
-        pair = batches.held_out(range(1))
-        inputs = {**method.call, **pair.inputs, **arguments(method.prediction.columns, pair.videos)}
+        first, *others = (
+            {**method.call, **kind.inputs, **arguments(method.prediction.columns, kind.videos)}
+            for kind in batches.kinds()
+        )
         texts = batches.texts(config.train.steps)
-        encode_prompts(method.pipe, inputs, texts, Cache(config.data.cache), parallel.device)
+        stacked = max(config.train.micro_batch, config.validation.batch) > 1
+        encode_prompts(method.pipe, first, texts, Cache(config.data.cache), parallel.device, others, stacked)
     method.pipe.to(parallel.device)
     trainer.inputs = parallel.on_main(lambda: fingerprints(config))
     if resume:

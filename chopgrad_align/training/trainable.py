@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -55,11 +55,12 @@ class LoraOnDenoisers:
     Args:
         pipe: Frozen, and given the LoRA, here.
         adapter: Rank, scale, layers and dropout.
+        only: Names of the denoisers that have it; default: all.
     """
 
-    def __init__(self, pipe: Any, adapter: LoraConfig) -> None:
+    def __init__(self, pipe: Any, adapter: LoraConfig, only: Collection[str] | None = None) -> None:
         self._pipe, self._adapter = pipe, adapter
-        self.denoisers = add_lora(pipe, adapter)
+        self.denoisers = add_lora(pipe, adapter, only)
         self.parameters = lora_parameters(self.denoisers)
 
     def train(self) -> None:

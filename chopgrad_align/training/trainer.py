@@ -43,8 +43,8 @@ class Trainer:
 
     All randomness is a function of the seed, the step and the sample, so that a resumed run is the same run, and that
     the number of processes and the size of micro-batches change rounding only. The exception is what layers draw as
-    they run, the masks of `lora.dropout` > 0 and noise that a decoder injects: that is seeded by the step and the
-    process, and drawn in the order of the micro-batches, so that results then depend on both numbers.
+    they run, the masks of `lora.dropout` > 0 and noise that a decoder injects: that is seeded by the step and all
+    samples of the micro-batch, so that results then depend on how the batch is split.
     """
 
     config: Config
@@ -96,6 +96,7 @@ class Trainer:
             while progress.step < steps and not self.validation.ends_training:
                 row = self.step(micro_batches)
                 self.observers.row(row)
+                self.tell_if_idle(row)
                 count_step()
                 self.stop_if_lost(row)
                 if progress.step == steps or self.is_due(self.config.checkpoint.every):
@@ -107,7 +108,7 @@ class Trainer:
         """Take one optimizer step, of this process's part of the batch; returns the row of metrics."""
         state, progress = self.state, self.state.progress
         state.trainable.train()
-        torch.manual_seed(mix(self.config.run.seed, progress.step, self.parallel.rank))  # dropout, a decoder's noise
+        torch.manual_seed(mix(self.config.run.seed, progress.step))  # for what draws outside of the method
         results = []
         for _ in self.shares:
             with self.phases("data"):
@@ -152,6 +153,15 @@ class Trainer:
                 f"(reward {row['reward']:.4g}, gradient norm {row['grad_norm']:.4g}): go on by --resume with a "
                 "lower train.learning_rate or train.max_grad_norm, or start again with model.dtype=float32 or fewer "
                 "gradient.last_steps"
+            )
+
+    def tell_if_idle(self, row: dict[str, float]) -> None:
+        """Say so if the first step had no gradient at all: then it is likely that none of them will."""
+        if row["step"] == 1 and row["grad_norm"] == 0 and self.parallel.is_main:
+            tqdm.write(
+                "step 1: the gradient is exactly 0, so that nothing changes. Either the objective does not depend on "
+                "the video (a cap may be reached), or the video does not on the steps that carry gradient, as on the "
+                "last one of DEIS: try gradient.last_steps=2"
             )
 
     def is_due(self, every: int) -> bool:

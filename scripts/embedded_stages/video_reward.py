@@ -17,7 +17,7 @@ from .clips import FRAMES, SIZE, caption_tokenizer
 from .loop import train
 
 TEXT_LENGTH = 24
-CONFIG: dict[str, Any] = {"size": SIZE, "widths": [32, 64, 80], "points": 24, "width": 64, "length": TEXT_LENGTH}
+CONFIG: dict[str, Any] = {"size": SIZE, "widths": [16, 32, 64, 96], "points": 24, "width": 64, "length": TEXT_LENGTH}
 WORDS = {
     "colour": list(procedural.COLOURS),
     "shape": list(procedural.SHAPES),
@@ -26,6 +26,10 @@ WORDS = {
     "motion": list(procedural.MOTIONS),
     "background": list(procedural.BACKGROUNDS),
 }
+
+CLEAN, LOST = 0.95, 0.4  # similarity of a clip to its caption, and what of it the worst damage takes away
+MOST_DAMAGE = 0.1  # root mean square
+_HARD = ("motion", "shape", "texture")
 
 
 def make_video_reward(tokenizer: Any) -> tuple[Any, dict[str, Any]]:
@@ -37,17 +41,26 @@ def make_video_reward(tokenizer: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def neighbours(scene: procedural.Scene, rng: random.Random) -> list[procedural.Scene]:
-    """Scenes that differ in one word: all other motions, two others of each kind else; none that is held out."""
+    """Scenes that differ in one word: all other motions, shapes and textures, two others of each kind else; none that
+    is held out."""
     others = []
     for kind, words in WORDS.items():
         different = [word for word in words if word != getattr(scene, kind)]
-        chosen = different if kind == "motion" else rng.sample(different, min(2, len(different)))
+        chosen = different if kind in _HARD else rng.sample(different, min(2, len(different)))
         others += [replace(scene, **{kind: word}) for word in chosen]
     return [other for other in others if not other.held_out]
 
 
-def degraded(clip: Tensor, rng: random.Random) -> Tensor:
-    """A clip `(3, F, H, W)` as a generator may make it: blurred in space and time, noisy, of another contrast."""
+def degraded(clip: Tensor, rng: random.Random) -> tuple[Tensor, float]:
+    """A clip `(3, F, H, W)` as a generator may make it: slow, blurred in space and time, noisy, of another contrast.
+
+    Returns:
+        The clip, and its damage in [0, 1]: all but the contrast's.
+    """
+    whole = clip
+    if rng.random() < 0.2:
+        frames = clip.shape[1]
+        clip = clip[:, ((torch.arange(frames) - frames // 2) * rng.uniform(0.2, 1)).round().int() + frames // 2]
     if rng.random() < 0.6:
         blurred = F.avg_pool3d(clip[None], (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)[0]
         clip = torch.lerp(clip, blurred, rng.random())
@@ -60,24 +73,27 @@ def degraded(clip: Tensor, rng: random.Random) -> Tensor:
             coarse = torch.randn(*clip.shape[:2], clip.shape[2] // 4, clip.shape[3] // 4)
             noise = F.interpolate(coarse, scale_factor=4, mode="bilinear")
         clip = clip + 0.12 * rng.random() * noise
+    damage = min((clip - whole).square().mean().sqrt().item() / MOST_DAMAGE, 1.0)
     if rng.random() < 0.5:
         clip = (clip - 0.5) * rng.uniform(0.8, 1.1) + 0.5 + rng.uniform(-0.06, 0.06)
-    return clip.clamp(0, 1)
+    return clip.clamp(0, 1), damage
 
 
-def video_reward_batch(step: int, size: int) -> tuple[Tensor, list[procedural.Scene]]:
-    """`size` clips `(size, F, 3, H, W)`, some of them degraded, and their scenes."""
+def video_reward_batch(step: int, size: int) -> tuple[Tensor, list[procedural.Scene], Tensor]:
+    """`size` clips `(size, F, 3, H, W)`, most of them degraded, their scenes, and the damage of each."""
     rng = random.Random(f"video reward {step}")
-    clips, scenes = [], []
+    clips, scenes, damages = [], [], []
     for i in range(size):
         scene = procedural.random_scene(rng)
         still = replace(scene, motion=rng.choice(("spinning", "standing still")))  # the hardest to tell apart
         if rng.random() < 0.3 and not still.held_out:
             scene = still
         clip = procedural.render(scene, step * size + i, FRAMES, SIZE, spread=rng.uniform(0.2, 1))
-        clips.append(degraded(clip, rng).transpose(0, 1))
+        clip, damage = degraded(clip, rng)
+        clips.append(clip.transpose(0, 1))
         scenes.append(scene)
-    return torch.stack(clips), scenes
+        damages.append(damage)
+    return torch.stack(clips), scenes, torch.tensor(damages)
 
 
 def right_motions(logits: Tensor, texts: list[str], scenes: list[procedural.Scene]) -> float:
@@ -91,25 +107,30 @@ def right_motions(logits: Tensor, texts: list[str], scenes: list[procedural.Scen
 
 
 def train_video_reward(work: Path, steps: int) -> None:
-    """Each clip must find its caption among those of the batch and all that differ from one of them in one word."""
+    """Each clip must find its caption among those of the batch and all that differ from one of them in one word, and be
+    the less similar to it the more it is damaged."""
     tokenizer = caption_tokenizer()
     model, _ = make_video_reward(tokenizer)
     model.train()
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        clips, scenes = video_reward_batch(step, 32)
+        clips, scenes, damage = video_reward_batch(step, 32)
         own = [scene.caption for scene in scenes]
         rng = random.Random(step)
         texts = list(dict.fromkeys(own + [other.caption for scene in scenes for other in neighbours(scene, rng)]))
         words = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
             video, text = model.encode_video(2 * clips - 1), model.encode_text(words.input_ids, words.attention_mask)
-        logits = model.logit_scale.exp().clamp(max=50) * video.float() @ text.float().T
+        similarity = video.float() @ text.float().T
+        logits = model.logit_scale.exp().clamp(max=50) * similarity
         target = torch.tensor([texts.index(caption) for caption in own])
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, target].T, torch.arange(len(own)))) / 2
+        own_similarity = similarity[torch.arange(len(own)), target]
+        calibration = (own_similarity - (CLEAN - LOST * damage)).square().mean()
         right = (logits.argmax(1) == target).float().mean().item()
-        return loss, {
+        return loss + 10 * calibration, {
             "accuracy": right,
+            "calibration": calibration.sqrt().item(),
             "motion": right_motions(logits, texts, scenes),
             "scale": model.logit_scale.exp().item(),
         }

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...common.errors import UsageError
-from ..video_file import upright_rgb
+from ..video_frame import upright_rgb
 from .base import check_ranges, integer
 
 _BT601 = 6  # ITU-T H.273

@@ -29,6 +29,7 @@ _KNOWN: dict[str, str | Make] = {
     "AutoencoderKLQwenImage": "wan:qwen_image",
     "AutoencoderKLTemporalDecoder": "temporal:TemporalDecoder",
     "AutoencoderKLWan": "wan:wan",
+    "Kandinsky6SRVAE": "kandinsky6:Kandinsky6SRDecoder",
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ...common.arguments import whole_number
 from ...common.errors import UsageError
@@ -13,7 +12,8 @@ from ..reward.frames import Frames
 from .protocol import FrameLoss, expect_size
 
 _EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the finest scale first; Wang et al., section 3.2
-_WINDOW = 11  # pixels
+_WINDOW, _SIGMA = 11, 1.5  # pixels
+_C1, _C2 = 0.01**2, 0.03**2
 _LEAST = 1e-4
 
 
@@ -22,9 +22,11 @@ class MSSSIM(FrameLoss):
 
     Wang, Simoncelli and Bovik, "Multiscale structural similarity for image quality assessment" (Asilomar 2003): the
     product over scales, each half as large as the one before, of the mean contrast and structure term, on the coarsest
-    scale of the mean SSIM, each to its exponent. The terms are torchmetrics', on each colour alone. The product is made
-    here, because a term below zero has no power, and one at zero a power without a gradient: terms count as 1e-4 at
-    least, and have no gradient below. A mask can leave a region out, but not weigh it.
+    scale of the mean SSIM, each to its exponent; of each colour alone, then the mean over colours. The value is that of
+    the package `pytorch_msssim`, which counts windows that lie inside the frame, and pads a side of odd length by a
+    black line at each end before it is halved. (torchmetrics averages the terms over colours before the product, and
+    mirrors the borders of the coarsest scale.) A term below zero has no power, and one at zero a power without a
+    gradient: terms count as 1e-4 at least, and have no gradient below. A mask can leave a region out, but not weigh it.
 
     Args:
         scales: How many; 5 as in the paper. With fewer, for small frames, their exponents are scaled to the sum 1.
@@ -54,13 +56,30 @@ class MSSSIM(FrameLoss):
     def error(self, frames: Tensor, target: Tensor) -> Tensor:
         scales = len(self.exponents)
         expect_size(f"MSSSIM: scales={scales}", frames, _WINDOW * 2 ** (scales - 1))
+        colours = frames.shape[1]
+        frames, target = (x.flatten(0, 1).unsqueeze(1) for x in (frames, target))
         product = torch.ones_like(frames[:, 0, 0, 0])
         for scale, exponent in enumerate(self.exponents):
             if scale:
-                frames, target = F.avg_pool2d(frames, 2), F.avg_pool2d(target, 2)
-            similarity, contrast = structural_similarity_index_measure(
-                frames, target, data_range=1.0, reduction="none", return_contrast_sensitivity=True
-            )
+                odd = [side % 2 for side in frames.shape[2:]]
+                frames, target = (F.avg_pool2d(x, 2, padding=odd) for x in (frames, target))
+            similarity, contrast = _terms(frames, target)
             term = similarity if scale == scales - 1 else contrast
             product = product * term.clamp(min=_LEAST) ** exponent
-        return 1 - product
+        return 1 - product.view(-1, colours).mean(1)
+
+
+def _terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean SSIM, and mean of its contrast and structure term, `(N,)` each, of planes `(N, 1, H, W)` in [0, 1]."""
+    places = torch.arange(_WINDOW, device=x.device, dtype=x.dtype) - _WINDOW // 2
+    window = (-places.square() / (2 * _SIGMA**2)).exp()
+    window = window / window.sum()
+
+    def mean(plane: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(plane, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    mean_x, mean_y = mean(x), mean(y)
+    spread = mean(x * x) - mean_x.square() + mean(y * y) - mean_y.square()
+    contrast = (2 * (mean(x * y) - mean_x * mean_y) + _C2) / (spread + _C2)
+    brightness = (2 * mean_x * mean_y + _C1) / (mean_x.square() + mean_y.square() + _C1)
+    return (brightness * contrast).mean((1, 2, 3)), contrast.mean((1, 2, 3))

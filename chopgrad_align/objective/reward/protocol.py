@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -69,6 +70,14 @@ class SampledReward(nn.Module, ABC):
             video = video[samples, torch.tensor(chosen, device=video.device)]
         return check_scores(f"{name}.score_video", self.score_video(video, prompts), len(video))
 
+    def at_fps(self, fps: float) -> SampledReward:
+        """This reward for videos of `fps` frames a second: itself, unless it depends on that and was not told."""
+        return self
+
+    def score_chosen(self, frames: Iterable[Tensor], prompt: str) -> Tensor:
+        """Score one video by the frames that were chosen of it, `(3, H, W)` each, as they come; `(1,)`."""
+        return self.score_video(torch.stack(list(frames)).unsqueeze(0), [prompt])
+
 
 class FrameReward(SampledReward):
     """A reward that scores every frame alone; a video's score is the mean over its chosen frames.
@@ -111,6 +120,26 @@ class FrameReward(SampledReward):
         all_scores = torch.cat(scores)
         all_scores = all_scores.to(torch.promote_types(all_scores.dtype, torch.float32))
         return all_scores.view(len(video), -1).mean(1)
+
+    def score_chosen(self, frames: Iterable[Tensor], prompt: str) -> Tensor:
+        """See `SampledReward.score_chosen`; holds one chunk of frames at a time."""
+        frames, scores = iter(frames), []
+        while chunk := list(islice(frames, self.frames_per_chunk)):
+            scores.append(self.score_frames(torch.stack(chunk), [prompt] * len(chunk)))
+        all_scores = torch.cat(scores)
+        return all_scores.to(torch.promote_types(all_scores.dtype, torch.float32)).mean(0, keepdim=True)
+
+
+def at_fps(reward: Reward, fps: float) -> Reward:
+    """The reward for videos of `fps` frames a second; one that does not say that it depends on them stays as it is."""
+    return reward.at_fps(fps) if isinstance(reward, SampledReward) else reward
+
+
+def score_chosen(reward: Reward, frames: Iterable[Tensor], prompt: str) -> Tensor:
+    """Score one video by those frames that `frames_read` names, `(3, H, W)` each, as they come; `(1,)`."""
+    if isinstance(reward, SampledReward):
+        return reward.score_chosen(frames, prompt)
+    return reward(torch.stack(list(frames)).unsqueeze(0), [prompt])
 
 
 def score(reward: Reward, video: Tensor, prompts: list[str], seeds: Sequence[int]) -> Tensor:

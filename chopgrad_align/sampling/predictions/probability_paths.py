@@ -5,13 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
 
+_LEAST_SHARE = 2**-24  # without any data in the noisiest mixture, its ratio of noise to data is infinite
+
 
 class ProbabilityPath(Protocol):
     """Mixture of data and noise over time in [0, 1], and what a model predicts for it."""
+
+    @property
+    def predicts(self) -> str:
+        """The model's output, in words."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that tell a scheduler of diffusers of the path, whichever of them its class has."""
+        ...
 
     def noised(self, clean: Tensor, noise: Tensor, time: float) -> Tensor:
         """The mixture at a time."""
@@ -29,6 +42,10 @@ class ProbabilityPath(Protocol):
         """The time in the unit that the model takes."""
         ...
 
+    def time(self, timestep: float) -> float:
+        """The inverse of `timestep`."""
+        ...
+
 
 @dataclass(frozen=True)
 class RectifiedFlow:
@@ -36,6 +53,14 @@ class RectifiedFlow:
 
     scale: float
     """Timestep of pure noise."""
+
+    @property
+    def predicts(self) -> str:
+        return "velocities of a flow"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
     def noised(self, clean: Tensor, noise: Tensor, time: float) -> Tensor:
         return (1 - time) * clean + time * noise
@@ -48,6 +73,9 @@ class RectifiedFlow:
 
     def timestep(self, time: float) -> float:
         return time * self.scale
+
+    def time(self, timestep: float) -> float:
+        return timestep / self.scale
 
 
 @dataclass(frozen=True)
@@ -62,8 +90,22 @@ class VariancePreserving:
     """Share of the data's variance in the mixture after each step, `a²`."""
     prediction: str
 
+    @property
+    def predicts(self) -> str:
+        return {"epsilon": "noise", "v_prediction": "v, of data and noise", "sample": "data"}[self.prediction]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        shares = self.cumulative.clamp(min=_LEAST_SHARE)
+        betas = 1 - shares / torch.cat([torch.ones_like(shares[:1]), shares[:-1]])
+        as_it_is = {"rescale_betas_zero_snr": False, "snr_shift_scale": 1.0}  # the betas tell it already
+        return {"prediction_type": self.prediction, "trained_betas": betas.tolist(), **as_it_is}
+
     def timestep(self, time: float) -> int:
         return round(time * (len(self.cumulative) - 1))
+
+    def time(self, timestep: float) -> float:
+        return timestep / (len(self.cumulative) - 1)
 
     def _parts(self, time: float) -> tuple[float, float]:
         share = self.cumulative[self.timestep(time)].item()

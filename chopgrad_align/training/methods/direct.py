@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data.order import mix
 from ...decoding.backprop import Backprop
 from ...decoding.selected_frames import decode_selected_frames
 from ...objective.objective import Objective
 from ...objective.statistics import Statistics
 from ...objective.terms import Reference
+from ...sampling.call_shape import frames_asked
 from ...sampling.predictions import Prediction, Sample
+from ...sampling.randomness import seeded_state
 from ...sampling.rollout import RolloutPart, rollout_parts
 from ...sampling.steps import StepPolicy
 from .base_distance import BaseDistance
@@ -52,9 +55,15 @@ class DirectGradient:
 
     def accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
         """See `Method`."""
+        # Beside the scheduler's noise, which is of each video, what a decoder injects and the masks of dropout.
+        with seeded_state(mix(batch.steps_seed, *batch.seeds), self.pipe.device):
+            return self._accumulate(batch, statistics)
+
+    def _accumulate(self, batch: MicroBatch, statistics: Mapping[str, Statistics]) -> Tensor:
         call = {**self.call, **batch.inputs}
         read = functools.partial(self.objective.frames_read, seeds=batch.frame_seeds)
-        whole = functools.partial(self.decode, read=read, expected=call.get("num_frames"))
+        expected = frames_asked(call) or (batch.videos["target"].shape[1] if "target" in batch.videos else None)
+        whole = functools.partial(self.decode, read=read, expected=expected)
         streams = "target" in batch.videos and can_stream(self.objective, self.backprop)
         streamed: StreamedLosses | None = None
 
