@@ -418,7 +418,7 @@ def test_the_page_shows_witnesses_and_what_the_guard_remarked(tmp_path):
     (tmp_path / "heldout.json").write_text(json.dumps(scores))
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<li>motion fell to 0.67 of the base model&#39;s (bound 0.8) at step 6</li>" in html
-    assert "<li class=bad>Out of bounds: motion.</li>" in html
+    assert "<li class=bad>out of bounds: motion</li>" in html
     assert '0.67 ✗</td><td class="soft">≥ 0.8</td>' in html
     assert "<span>motion ×0.50</span>" in html
     assert "in the objective" in html
@@ -448,7 +448,7 @@ def test_a_run_that_was_killed_has_a_page_of_what_it_measured(tmp_path, monkeypa
     status, out, _ = run_script("report.py", monkeypatch, capsys, run)
     assert (status, out) == (0, f"look at {run}/report.html\n")
     html = (run / "report.html").read_text(encoding="utf-8")
-    assert "Step 23 of 90; held-out pairs were last measured at step 20." in html
+    assert "step 23 of 90; held-out pairs were last measured at step 20<" in html
     assert html.count("<video") == 4  # two pairs, and both through training
     assert re.findall(r"<span[^>]*>(\w+ ?\d*)<br>([\d.]+)</span>", html)[:3] == [
         ("Base", "1.000"),
@@ -510,7 +510,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 HALVES = """() => {
   const video = document.querySelector("video"), canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(video, 0, 0);
   return [0.25, 0.75].map((part) => context.getImageData(part * canvas.width, canvas.height / 2, 1, 1).data[0]);
 }"""
@@ -536,7 +536,7 @@ def test_the_page_in_chromium(chromium, tmp_path, width, scheme, motion):
     view = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme, "reduced_motion": motion}
     context = chromium.new_context(**view)
     page, faults, requests = context.new_page(), [], []
-    page.on("pageerror", faults.append)
+    page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text))
     page.on("request", lambda request: requests.append(request.url))
     page.goto(path.as_uri())
@@ -567,14 +567,15 @@ def test_the_page_in_chromium(chromium, tmp_path, width, scheme, motion):
     assert button.inner_text() == "Play all"
     button.click()
 
-    # What is out of sight waits; a single one can be held by its own controls.
+    # What is out of sight waits; a single one can be held, by its own controls and from the keyboard.
     page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
     page.wait_for_function(f"!({playing})[0]")
     page.locator("video").first.scroll_into_view_if_needed()
     page.wait_for_function(f"({playing})[0]")
     page.locator("video").first.hover()
     assert page.evaluate("document.querySelector('video').controls")
-    page.locator("video").first.click()
+    page.locator("video").first.focus()
+    page.keyboard.press("Space")
     page.wait_for_function(f"!({playing})[0]")
 
     picture = page.screenshot(path=tmp_path / "page.png", full_page=True)

@@ -62,12 +62,13 @@ def _headline(row: Change, sides: Mapping[str, Any], run: RunFiles) -> Headline:
     return Headline(row.name, row.reading.unit, _DIRECTION[row.reading.better], row.verdict, *texts, note)
 
 
-def verdict(rows: Sequence[Change]) -> tuple[str, bool]:
+def verdict(run: RunFiles, rows: Sequence[Change]) -> tuple[str, bool]:
     """A sentence about the bounds of the exported model's witnesses, and whether one is out of them."""
+    at = "" if run.after is None else f" at step {run.after}"
     bounded = [row for row in rows if row.bounds and not math.isnan(row.after.ratio)]
     if breached := [row.name for row in bounded if row.breached(row.after)]:
-        return f"Out of bounds: {', '.join(breached)}.", True
-    return f"All {len(bounded)} witnesses that have bounds stay within them." if bounded else "", False
+        return f"out of bounds{at}: {', '.join(breached)}", True
+    return f"all {len(bounded)} witnesses that have bounds are within them{at}" if bounded else "", False
 
 
 def progress(run: RunFiles) -> str:
@@ -76,7 +77,7 @@ def progress(run: RunFiles) -> str:
         return ""
     measured = max(run.held_out.get("steps", {}).values(), default=0)
     last = f"held-out pairs were last measured at step {measured}" if measured else "not measured after training yet"
-    return f"Step {run.step}{f' of {run.steps}' if run.steps else ''}; {last}."
+    return f"step {run.step}{f' of {run.steps}' if run.steps else ''}; {last}"
 
 
 def model(run: RunFiles) -> str:

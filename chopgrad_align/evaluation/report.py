@@ -54,7 +54,7 @@ def write_report(run: str | Path) -> Path:
     gains = [after - before for before, after in zip(files.scores("before"), files.scores("after"), strict=True)]
     samples = find_samples(folder / "samples", gains, files.after)
     groups, courses = shown_samples(files, samples)
-    sentence, breached = verdict(rows)
+    sentence, breached = verdict(files, rows)
     # Worth a mark only if it is not the last one.
     exported = files.after if "last" in files.held_out.get("steps", {}) else None
     last = max([files.step, *(measurement.step for measurement in files.measured)])
