@@ -52,7 +52,7 @@ def cosines(frames: int, count: int) -> Tensor:
 
 
 class KeyPoints(nn.Module):
-    """Where in each frame what is looked for lies, how far it spreads, and how much it changes there: means over maps
+    """Place of what is looked for in each frame, its spread, and its change: means over maps
     that are a softmax over all places (Finn et al., "Deep Spatial Autoencoders for Visuomotor Learning", arXiv
     1509.06113)."""
 

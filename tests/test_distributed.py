@@ -39,17 +39,20 @@ class Mean:
         return video.float().mean((1, 2, 3, 4)) * weight
 """
 
-# `scripts/align.py`, and afterwards the trained weights that this process holds.
+# `scripts/align.py`, and afterwards the trained weights that this process holds, and the bytes of a frozen one.
 DRIVER = """
 import os, runpy, sys
 import torch
 from chopgrad_align.training import trainable
 
 original, found = trainable.lora_parameters, []
-trainable.lora_parameters = lambda denoisers: found.extend(original(denoisers)) or original(denoisers)
+trainable.lora_parameters = lambda denoisers: found.append(denoisers) or original(denoisers)
 folder, script, *sys.argv[1:] = sys.argv[1:]
 runpy.run_path(script, run_name="__main__")
-torch.save([p.detach() for p in found], f"{folder}/rank-{os.environ['RANK']}.pt")
+denoisers, = found
+frozen = denoisers["transformer"].blocks[0].ffn.net[0].proj.weight
+held = getattr(frozen, "to_local", lambda: frozen)().untyped_storage().nbytes()
+torch.save([*(p.detach() for p in original(denoisers)), held], f"{folder}/rank-{os.environ['RANK']}.pt")
 """
 
 
@@ -82,6 +85,14 @@ def config(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory):
+    """The run that one process makes."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    train(load_config(config, [*OVERRIDES, f"run.folder={run}"]))
+    return run
+
+
 def test_what_no_process_has_a_gradient_of_keeps_none():
     here, there, nowhere = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     here.grad, others = torch.tensor([1.0, 2.0]), iter([torch.tensor([1.0, 1.0, 0.0]), torch.tensor([3.0, 4, 5, 6])])
@@ -99,7 +110,7 @@ def test_what_no_process_has_a_gradient_of_keeps_none():
     assert nowhere.grad is None
 
 
-def test_two_processes_compute_what_one_does(config, tmp_path):
+def test_two_processes_compute_what_one_does(config, one, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     two = [f"run.folder={tmp_path}/two", "rewards.mean.args.world=2", "train.micro_batch=4"]  # each has two
@@ -108,10 +119,9 @@ def test_two_processes_compute_what_one_does(config, tmp_path):
     assert "2 process(es)" in done.stdout
     assert done.stdout.count("held-out reward") == 1
     assert done.stderr.count("encoding prompts:   0%") == 1
-    train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
 
     # Every process holds the weights that were saved.
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    ranks, _ = held_by_ranks(tmp_path)
     assert sum(weight.numel() for weight in ranks[0]) == sum(v.numel() for v in saved_lora(tmp_path / "two").values())
     assert all(torch.equal(one, other) for one, other in zip(*ranks, strict=True))
     norms = [sum(w.norm() ** 2 for w in weights) for weights in (ranks[0], saved_lora(tmp_path / "two").values())]
@@ -119,24 +129,61 @@ def test_two_processes_compute_what_one_does(config, tmp_path):
 
     # The gradients, of which AdamW's first moments are made, and the weights are those of one process.
     for step in (1, 3):
-        one, other = (moments(tmp_path / run, step) for run in ("one", "two"))
-        assert one.norm() > 0
-        assert (one - other).norm() <= 1e-4 * one.norm()
-        one, other = (torch.cat([v.flatten() for v in lora(tmp_path / run, step).values()]) for run in ("one", "two"))
-        assert (one - other).norm() <= 1e-4 * one.norm()
-    for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert one["skipped"] == (one["step"] > 1)  # both processes, though one of them alone saw it
-        assert numbers(other) == pytest.approx(numbers(one), rel=1e-4)
+        expect_close(moments(tmp_path / "two", step), moments(one, step), 1e-4)
+        expect_close(flat_lora(tmp_path / "two", step), flat_lora(one, step), 1e-4)
+    for alone, both in zip(rows(one), rows(tmp_path / "two"), strict=True):
+        assert alone["skipped"] == (alone["step"] > 1)  # both processes, though one of them alone saw it
+        assert numbers(both) == pytest.approx(numbers(alone), rel=1e-4)
 
-    # Held-out pairs are shared out unevenly, and come back in order.
-    one, other = (json.loads((tmp_path / run / "heldout.json").read_text()) for run in ("one", "two"))
-    assert other["prompts"] == one["prompts"]
-    assert other["before"] == pytest.approx(one["before"], rel=1e-6)
-    assert other["after"] == pytest.approx(one["after"], rel=1e-5)
-    assert one["after"] != pytest.approx(one["before"], rel=1e-4)
-    assert other["witnesses"].keys() == one["witnesses"].keys() >= {"motion", "distance"}
-    assert other["witnesses"]["motion"]["after"] == pytest.approx(one["witnesses"]["motion"]["after"], rel=1e-4)
+    expect_same_held_out(one, tmp_path / "two")
     assert len(list((tmp_path / "two" / "samples" / "after").glob("*.mp4"))) == 3
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["model.dtype=bfloat16", "model.gradient_checkpointing=true"]], ids=["float32", "bfloat16"]
+)
+def test_two_processes_that_share_one_denoiser_compute_what_one_does(config, tmp_path, options):
+    run = [*OVERRIDES, *options, "gradient.last_steps=2"]
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    two = [f"run.folder={tmp_path}/two", "rewards.mean.args.world=2", "parallel.shard=2"]
+    done = launch(2, driver, tmp_path, tiny_runs.SCRIPT, "--config", config, *run, *two)
+    assert done.returncode == 0, done.stderr
+    train(load_config(config, [*run, f"run.folder={tmp_path}/one"]))
+    for step in (1, 3):
+        expect_close(moments(tmp_path / "two", step), moments(tmp_path / "one", step), 1e-5)
+        expect_close(flat_lora(tmp_path / "two", step), flat_lora(tmp_path / "one", step), 5e-5)  # Adam: signs of zeros
+    expect_same_held_out(tmp_path / "one", tmp_path / "two")
+    trained, held = held_by_ranks(tmp_path)
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
+    weight = tiny_pipelines.wan_t2v().transformer.blocks[0].ffn.net[0].proj.weight
+    assert held == [weight.numel() * (2 if options else 4) // 2] * 2
+
+
+def held_by_ranks(folder):
+    """Of both processes the trained weights, and the bytes that they hold of a frozen one."""
+    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return [weights for *weights, _ in ranks], [held for *_, held in ranks]
+
+
+def expect_close(found, expected, tolerance):
+    assert expected.norm() > 0
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def flat_lora(run, step):
+    return torch.cat([weight.flatten() for weight in lora(run, step).values()])
+
+
+def expect_same_held_out(one, two):
+    """Held-out pairs were shared out unevenly, and came back in order."""
+    one, two = (json.loads((run / "heldout.json").read_text()) for run in (one, two))
+    assert two["prompts"] == one["prompts"]
+    assert two["before"] == pytest.approx(one["before"], rel=1e-6)
+    assert two["after"] == pytest.approx(one["after"], rel=1e-5)
+    assert one["after"] != pytest.approx(one["before"], rel=1e-4)
+    assert two["witnesses"].keys() == one["witnesses"].keys() >= {"motion", "distance"}
+    assert two["witnesses"]["motion"]["after"] == pytest.approx(one["witnesses"]["motion"]["after"], rel=1e-4)
 
 
 def numbers(row):
@@ -149,7 +196,7 @@ def moments(run, step):
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_is_continued_by_two(config, tmp_path):
+def test_a_run_of_one_process_is_continued_by_two(config, one, tmp_path):
     options = [*OVERRIDES, f"run.folder={tmp_path}/run"]
     train(load_config(config, [*options, "train.steps=1"]))
     # The reward's argument is of this test, not of the run.
@@ -158,9 +205,8 @@ def test_a_run_of_one_process_is_continued_by_two(config, tmp_path):
     )
     done = launch(2, tiny_runs.SCRIPT, "--config", config, *options, "rewards.mean.args.world=2", "--resume")
     assert done.returncode == 0, done.stderr
-    train(load_config(config, [*OVERRIDES, f"run.folder={tmp_path}/one"]))
-    for one, other in zip(rows(tmp_path / "one"), rows(tmp_path / "run"), strict=True):
-        assert numbers(other) == pytest.approx(numbers(one), rel=1e-4)
+    for alone, both in zip(rows(one), rows(tmp_path / "run"), strict=True):
+        assert numbers(both) == pytest.approx(numbers(alone), rel=1e-4)
 
 
 @pytest.mark.slow

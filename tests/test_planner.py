@@ -248,6 +248,15 @@ def test_the_phases_cover_the_step(folder):
     assert count.host_peak == figures.host > 0
 
 
+def test_the_moving_average_counts(folder):
+    plain, averaged = (counted(run(folder, "wan_t2v", *option)) for option in ([], ["ema.decay=0.9"]))
+    trained = 4 * sum(
+        p.numel() for p in simulate.load(run(folder, "wan_t2v"), nullcontext()).models.trainable.parameters
+    )
+    assert (plain.resident["average"], averaged.resident["average"]) == (0, trained)
+    assert averaged.phases["sampling"].device == plain.phases["sampling"].device + trained
+
+
 def test_libraries_load_weights_again_afterwards(folder):
     simulate.simulate(run(folder, "cogvideox"))
     assert nn.Linear(2, 2).to(torch.float64).weight.dtype == torch.float64

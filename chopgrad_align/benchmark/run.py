@@ -34,7 +34,7 @@ class Settings:
     vae: str
     """Folder, hub id or "embedded"."""
     pipeline: str | None
-    """Of the LoRA's curve; `None` leaves it out."""
+    """Pipeline of the LoRA's curve; `None` leaves it out."""
     clips: str | None
     """Folder of videos; `None` for procedural ones."""
     count: int

@@ -18,7 +18,7 @@ FORWARD = "forward alone"
 
 _EXACT, _FUSED = Row(Exact(checkpoint=False)).name, Row(Truncated(0, checkpoint=False), fused=True).name
 GOALS = {"cpu": {_EXACT: 1.0, _FUSED: 0.75}, "cuda": {_EXACT: 1.4, _FUSED: 1.05}}
-"""What a row should take at most, as a ratio to plain autograd."""
+"""Most time that a row should take, as a ratio to plain autograd."""
 
 
 def measure_speed(

@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +67,17 @@ def construct(kind: str, name: str, location: str, args: dict[str, object], **gi
     if isinstance(made, nn.Module):
         made.requires_grad_(False).eval()
     return made
+
+
+def construct_known(kind: str, name: str, known: Mapping[str, str], args: dict[str, object], **given: object) -> object:
+    """Make a thing by one of the `known` short names, which stand for locations, or else as `construct` does.
+
+    Raises:
+        UsageError: As `construct`, or a name without a colon that is none of them.
+    """
+    if ":" not in name and name not in known:
+        raise unknown_name(kind, name, known)
+    return construct(kind, name, known.get(name, name), args, **given)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

@@ -51,7 +51,7 @@ class _Entry:
     bucket: Bucket
     fps: float
     frames: int
-    """Of the shortest role, at that rate."""
+    """Length of the shortest role, at that rate."""
 
 
 class Clips:

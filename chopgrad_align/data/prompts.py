@@ -23,11 +23,11 @@ class Condition:
     prompt: str = ""
     image: Path | None = None
     weight: float = 1.0
-    """Of all rewards."""
+    """Weight of all rewards."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Of single rewards, beside it, by the names that the config gives them; of the others 1."""
+    """Weights of single rewards, beside it, by the names that the config gives them; of the others 1."""
     negative_prompt: str | None = None
-    """What guidance leads away from; None for the common one."""
+    """Prompt that guidance leads away from; None for the common one."""
 
     def weight_of(self, reward: str) -> float:
         return self.weight * self.weights.get(reward, 1.0)

@@ -65,7 +65,7 @@ PHASES = (
     "denoiser backward",
     "optimizer",
 )
-"""Of a training step, in order."""
+"""Phases of a training step, in order."""
 
 
 def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:

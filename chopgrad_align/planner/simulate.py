@@ -24,6 +24,7 @@ from ..objective.losses.protocol import FrameLoss
 from ..objective.objective import Objective
 from ..objective.reward import FrameReward
 from ..objective.statistics import Statistics
+from ..training.average import Average
 from ..training.build import Models, load_models, make_method
 from ..training.config import Clips, Config
 from ..training.data import buckets
@@ -35,7 +36,7 @@ from .stand_ins import known_models, write_hub, write_pipeline
 from .weightless import Simulation, make_weightless, simulated, weightless
 
 _SECTIONS = {"reward": "rewards", "loss": "losses"}
-"""Of a config, by the kind of a term."""
+"""Section of a config, by the kind of a term."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Figures:
 
     Attributes:
         resident: Bytes that stay on the device, by what they are: the components of the pipeline with the LoRA, the
-            rewards and losses, the clips of a micro-batch, and the optimizer's state.
+            rewards and losses, the clips of a micro-batch, the optimizer's state, and the weights' moving average.
         phases: The peak of each phase, in order; up to the first that took more than the limit, if there was one.
         chunks: Of the rewards and losses that look at frames alone, by their place in the config: how many at a time.
     """
@@ -257,6 +258,8 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
         if train.batch_size == train.micro_batch:
             optimizer.zero_grad(set_to_none=True)
         resident["optimizer"] = count.now
+        average = None if config.ema.decay is None else Average(parameters, config.ema.decay)
+        resident["average"] = count.now - resident["optimizer"]
 
         # Nothing else is pulled back there if the losses were, while decoding, or if nothing is decoded.
         straight = can_stream(models.objective, backprop) or not models.objective.reads_pixels
@@ -276,6 +279,8 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
             with peaks("optimizer"):
                 nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
                 optimizer.step()
+                if average is not None:
+                    average.update()
                 optimizer.zero_grad(set_to_none=True)
     chunks = {
         f"{_SECTIONS[kind]}.{name}": part.frames_per_chunk

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 
 from ..common.arguments import shown
 from ..common.errors import UsageError, located
-from ..common.loading import construct, unknown_name
+from ..common.loading import construct, construct_known
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
 from ..sampling.rollout import check_call
@@ -26,8 +26,12 @@ from .lora import TRAINED, freeze, lora_config, lora_file, read_lora
 from .methods import DirectGradient
 from .models import check_prediction, load_objective, load_pipeline
 from .optimizers import make_optimizer, make_schedule
+from .sharding import shapes_of_the_whole
 from .state import TrainState
 from .trainable import LoraOnDenoisers, Trainable
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _TRAINABLES = {"modules": "chopgrad_align.training.modules:Modules"}
 
@@ -46,6 +50,7 @@ def load_models(
     device: torch.device,
     calls: Sequence[Mapping[str, Any]],
     new_weights: AbstractContextManager[Any] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Models:
     """Load what a config names; what can be wrong is looked at first, the cheap things before the slow ones.
 
@@ -54,18 +59,19 @@ def load_models(
         device: Where rewards and losses go.
         calls: Arguments of the pipeline's call for each shape of video that it will make.
         new_weights: Context in which the trained weights are made.
+        mesh: Processes that share one copy of the frozen denoisers.
 
     Raises:
         UsageError: A model, scheduler, call, reward, loss or layer that is not there or does not fit.
     """
     if config.lora.start_from is not None:
         lora_file(Path(config.lora.start_from))
-    pipe = load_pipeline(config.model)
+    pipe = load_pipeline(config.model, mesh)
     check_prediction(pipe, config)
     _check_calls(pipe, config, calls)
     objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
     torch.manual_seed(config.run.seed)  # the first weights
-    with nullcontext() if new_weights is None else new_weights:
+    with shapes_of_the_whole(pipe), nullcontext() if new_weights is None else new_weights:
         trainable = make_trainable(config, pipe)
     return Models(pipe, objective, trainable)
 
@@ -80,11 +86,8 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
     if named is None:
         made: Trainable = LoraOnDenoisers(pipe, _adapter(config))
     else:
-        if ":" not in named.name and named.name not in _TRAINABLES:
-            raise unknown_name("trainable", named.name, _TRAINABLES)
         freeze(pipe)
-        location = _TRAINABLES.get(named.name, named.name)
-        found = construct("trainable", named.name, location, named.args, pipe=pipe)
+        found = construct_known("trainable", named.name, _TRAINABLES, named.args, pipe=pipe)
         if not isinstance(found, Trainable):
             raise UsageError(f"trainable.name: {named.name} made a {type(found).__name__}, which is no Trainable")
         made = found

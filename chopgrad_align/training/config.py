@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from ..common.arguments import nearest
 from ..common.errors import UsageError
-from ..common.loading import construct, unknown_name
+from ..common.loading import construct, construct_known, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
 from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..sampling import predictions as prediction
@@ -61,11 +61,12 @@ _strict = pydantic_dataclass(config=ConfigDict(extra="forbid", strict=False), kw
 @_strict
 class Run:
     folder: Name
-    """Where everything goes; must not hold a run already."""
+    """The folder of all that the run writes; must not hold a run already."""
     seed: Seed = 0
     threads: Threads | None = None
-    """Of each process on the CPU; default: OMP_NUM_THREADS, or its share of the cores. A 1 there counts as not set
-    under a launcher, since `accelerate launch` and torchrun set it to 1 themselves: write threads=1 if it is meant."""
+    """Threads of each process on the CPU; default: OMP_NUM_THREADS, or its share of the cores. A 1 there counts as not
+    set under a launcher, since `accelerate launch` and torchrun set it to 1 themselves: write threads=1 if it is
+    meant."""
 
 
 @_strict
@@ -85,10 +86,10 @@ class FusedLora:
     name: Name
     """Folder, file or hub id."""
     file: Name | None = None
-    """Of a folder, or of a hub repository, that holds several."""
+    """Name of the file in a folder or hub repository that holds several."""
     scale: Finite = 1.0
     second: bool = False
-    """Whether it is for `transformer_2`, of Wan 2.2's pair of transformers."""
+    """True for the LoRA of `transformer_2`, of Wan 2.2's pair of transformers."""
 
 
 @_strict
@@ -96,10 +97,10 @@ class Model:
     name: Name
     """Folder or hub id of a diffusers pipeline."""
     dtype: Dtype = "float32"
-    """Of the frozen weights; the LoRA is always float32."""
+    """Precision of the frozen weights; the LoRA is always float32."""
     vae_dtype: Dtype = "float32"
     variant: Name | None = None
-    """Of the weight files, such as fp16."""
+    """Variant of the weight files, such as fp16."""
     loras: dict[TermName, FusedLora] = field(default_factory=dict)
     """Fused into the weights as these are loaded, in order: of few-step distillation, or of an earlier run."""
     scheduler: dict[str, Any] = field(default_factory=dict)
@@ -107,23 +108,21 @@ class Model:
     call: dict[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call: height, width, num_frames, num_inference_steps, guidance_scale, …"""
     noise: Named | None = None
-    """What the sampler starts from: offset, with args.scale, or a class of your own that is a `Noise`, see
+    """Noise that the sampler starts from: offset, with args.scale, or a class of your own that is a `Noise`, see
     chopgrad_align/sampling/initial_noise.py. Default: the pipeline's standard normal noise."""
     gradient_checkpointing: bool = False
     """Recompute every block of the denoiser too, not only each call of it."""
     encode_prompts_once: bool = True
     """Before training; the text encoders then leave the device. False: in every call of the pipeline."""
     fps: FramesPerSecond = 8.0
-    """Of the sample videos."""
+    """Frame rate of the sample videos."""
 
     def initial_noise(self) -> Noise | None:
         """The noise that the sampler starts from; None for the pipeline's own."""
         if self.noise is None:
             return None
         name = self.noise.name
-        if ":" not in name and name not in _NOISES:
-            raise unknown_name("noise", name, _NOISES)
-        made = construct("noise", name, _NOISES.get(name, name), self.noise.args)
+        made = construct_known("noise", name, _NOISES, self.noise.args)
         if not isinstance(made, Noise):
             raise UsageError(f"model.noise.name: {name} made a {type(made).__name__}, which cannot be called")
         return made
@@ -143,12 +142,14 @@ class Lora:
     """Train the magnitude of each output beside the direction (DoRA, arXiv 2402.09353); the norm by which it divides is
     taken for a constant in the gradient, as there."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
-    """Of the factor A; B is zero, so that the model starts as the base model, exactly. Those that change the base
-    weights, as PiSSA and OLoRA, are left out: such a LoRA could not be loaded into the model that it was made for."""
+    """Initial values of the factor A; B is zero, so that the model starts as the base model, exactly. Those that change
+    the base weights, as PiSSA and OLoRA, are left out: such a LoRA could not be loaded into the model that it was made
+    for."""
     start_from: Name | None = None
     """Folder or file of a LoRA of the same rank and layers, to go on from, such as that of an earlier run."""
     dropout: Fraction = 0.0
-    """Of the LoRA's input. Above 0, results depend on the number of processes and on `train.micro_batch`."""
+    """Share of the LoRA's input that is set to zero. Above 0, results depend on the number of processes and on
+    `train.micro_batch`."""
 
 
 @_strict
@@ -175,7 +176,7 @@ class Clips:
     """Instead of each clip's own."""
     on_bad_file: Literal["skip", "error"] = "skip"
     split: Name = "train"
-    """Of a Hugging Face data set."""
+    """Split of a Hugging Face data set."""
     held_out_split: Name = "test"
 
 
@@ -212,8 +213,8 @@ class Reward:
     normalize: bool = False
     """Divide by the running standard deviation of the scores."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Of its class. Those that score single frames take `frames`: a number of evenly spaced ones, all, first, last,
-    first+last, {random: 4} or {stride: 4}."""
+    """Arguments of its class. Those that score single frames take `frames`: a number of evenly spaced ones, all, first,
+    last, first+last, {random: 4} or {stride: 4}."""
 
     @model_validator(mode="after")
     def _cap_or_target(self) -> Reward:
@@ -228,14 +229,14 @@ class Witness:
     """A published reward, or a reward or `chopgrad_align.Witness` of your own: package.module:Class, or
     path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Of its class."""
+    """Arguments of its class."""
 
 
 @_strict
 class Guard:
     bounds: dict[TermName, Bound] = field(default_factory=dict)
-    """Of a witness's mean relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it, [0.7, 1.4]
-    both, null none. Witnesses that are not named keep their own bounds."""
+    """Bounds on a witness's mean, relative to the base model's: 0.8 is at least 0.8 of it, 1.4 at most 1.4 times it,
+    [0.7, 1.4] both, null none. Witnesses that are not named keep their own bounds."""
     patience: Positive | None = None
     """Held-out measurements in a row without a better objective; default: any number."""
     on_breach: Literal["warn", "stop", "back"] = "warn"
@@ -244,7 +245,7 @@ class Guard:
     name: Name | None = None
     """Instead of all this, a `chopgrad_align.Guard` of your own: package.module:Class, or path/to/file.py:Class."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Of its class."""
+    """Arguments of its class."""
 
     @model_validator(mode="after")
     def _one_guard(self) -> Guard:
@@ -261,7 +262,7 @@ class Loss:
     """A published name, latent, diffusion, package.module:Class, or path/to/file.py:Class."""
     weight: PositiveFloat = 1.0
     args: dict[str, Any] = field(default_factory=dict)
-    """Of its class."""
+    """Arguments of its class."""
 
 
 @_strict
@@ -276,8 +277,8 @@ class Term:
 @_strict
 class Reference:
     weight: NonNegativeFloat = 0.0
-    """Of the mean squared distance of the denoiser's predictions to those of the untrained model, in the steps that
-    carry gradient: a KL penalty, which takes one more forward for each. 0: none."""
+    """Weight of the mean squared distance of the denoiser's predictions to those of the untrained model, in the steps
+    that carry gradient: a KL penalty, which takes one more forward for each. 0: none."""
 
 
 @_strict
@@ -287,11 +288,11 @@ class Prediction:
     columns: dict[Name, Name] = field(default_factory=dict)
     """Which argument of the pipeline's call is which role of the clips, such as {video: degraded, mask: mask}."""
     source: Name = "degraded"
-    """Of one_step: the role that it starts from."""
+    """Role that one_step starts from."""
     time: Time = 0.4
-    """Of one_step: the time of the schedule that the degraded clip is taken for, 1 being pure noise."""
+    """Time of the schedule that one_step takes the degraded clip for, 1 being pure noise."""
     times: tuple[Time, Time] = (0.02, 0.98)
-    """Of denoise: lowest and highest time."""
+    """Lowest and highest time of denoise."""
     overlap: Positive = 5
     """Frames that windows share, when a clip is longer than `model.call.num_frames` in the evaluation."""
 
@@ -369,10 +370,7 @@ class Gradient:
         """The denoising steps that carry gradient."""
         if self.steps is None:
             return LastSteps(self.last_steps or 1)
-        name = self.steps.name
-        if ":" not in name and name not in _STEP_POLICIES:
-            raise unknown_name("sampling policy", name, _STEP_POLICIES)
-        policy = construct("sampling policy", name, _STEP_POLICIES.get(name, name), self.steps.args)
+        policy = construct_known("sampling policy", self.steps.name, _STEP_POLICIES, self.steps.args)
         expect_step_policy(policy)
         return cast(StepPolicy, policy)
 
@@ -405,7 +403,8 @@ class Train:
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegative = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Of AdamW, as weight_decay; with an optimizer by name they belong into its args."""
+    """First and second beta of AdamW, an argument as weight_decay is; with an optimizer by name they belong into its
+    args."""
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 1.0
     optimizer: Named | None = None
@@ -453,7 +452,7 @@ class Validation:
     """Pairs of a condition that come one after the other: with 2, half as many conditions, and `diversity` between
     seeds."""
     videos: NonNegative = 8
-    """Of them, how many are written as mp4."""
+    """Number of them that are written as mp4."""
     batch: Batch = 1
 
 
@@ -463,12 +462,15 @@ class Checkpoint:
     """Steps between checkpoints; 0: at the end only."""
     keep: Positive = 2
     export: Literal["best", "last"] = "best"
-    """What lora/ holds: the best step by the held-out objective, of those measured to be within the guard's bounds, or
-    the last. The best weights so far are kept as `checkpoints/best-NNNNNN`."""
+    """Step that lora/ holds: the best step by the held-out objective, of those measured to be within the guard's
+    bounds, or the last. The best weights so far are kept as `checkpoints/best-NNNNNN`."""
 
 
 @_strict
 class Parallel:
+    shard: Positive = 1
+    """Processes that share one copy of the frozen denoisers, by FSDP2: each keeps a part of every block, and gathers
+    the others when the block runs. The number of processes is a multiple of it."""
     timeout: PositiveFloat = 1800.0
     """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
 
@@ -489,9 +491,9 @@ class Config:
     prediction: Prediction = field(default_factory=Prediction)
     lora: Lora = field(default_factory=Lora)
     trainable: Named | None = None
-    """What is trained instead of a LoRA: `modules`, with args.modules a list of regular expressions of whole names such
-    as transformer.blocks.0.ffn or vae.decoder.conv_out; or a class of your own, which is called with the pipeline and
-    the args, see chopgrad_align/training/trainable.py."""
+    """Part that is trained instead of a LoRA: `modules`, with args.modules a list of regular expressions of whole names
+    such as transformer.blocks.0.ffn or vae.decoder.conv_out; or a class of your own, which is called with the pipeline
+    and the args, see chopgrad_align/training/trainable.py."""
     ema: Ema = field(default_factory=Ema)
     gradient: Gradient = field(default_factory=Gradient)
     validation: Validation = field(default_factory=Validation)
@@ -512,6 +514,14 @@ class Config:
             raise ValueError(f"two terms of the objective are both called {twice[0]!r}; rename one")
         if self.trainable is not None and self.lora != Lora():
             raise ValueError(f"lora has no effect with trainable.name={self.trainable.name}; leave it out")
+        if self.parallel.shard > 1:
+            for key, asked in (("trainable", self.trainable), ("model.loras", self.model.loras)):
+                if asked:
+                    raise ValueError(
+                        f"{key} changes weights that parallel.shard={self.parallel.shard} shards: leave it out"
+                    )
+            if self.lora.dora:
+                raise ValueError(f"lora.dora reads whole weights, which parallel.shard={self.parallel.shard} shards")
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(

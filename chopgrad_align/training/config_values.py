@@ -69,11 +69,11 @@ Pairs = Annotated[int, Field(ge=2, le=2**20), BeforeValidator(_number)]
 Threads = Annotated[int, Field(ge=1, le=2**12), BeforeValidator(_number)]
 Pixels = Annotated[int, Field(ge=1, le=2**14), BeforeValidator(_number)]
 Name = Annotated[str, Field(strict=True), AfterValidator(usable_path)]
-"""Of a file, a folder, a class, a model: what a file system can be asked for."""
+"""Name of a file, a folder, a class or a model, for which a file system can be asked."""
 Caption = Annotated[str, Field(strict=True), AfterValidator(readable_text)]
 Bound = Annotated[float | tuple[float, float] | None, BeforeValidator(_bound)]
 TermName = Annotated[str, AfterValidator(_term_name)]
-"""Of a reward or a loss, in keys of metrics and in columns of prompt files."""
+"""Name of a reward or a loss, in keys of metrics and in columns of prompt files."""
 Targets = Annotated[list[str] | str, BeforeValidator(_targets)]
 EachOnce = AfterValidator(_each_once)
 Dtype = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_no_float16)]

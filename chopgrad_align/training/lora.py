@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -107,8 +108,14 @@ def lora_state(denoisers: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, denoiser in denoisers.items()
-        for key, value in get_peft_model_state_dict(denoiser).items()
+        for key, value in _lora_weights(denoiser).items()
     }
+
+
+def _lora_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    # Not from the denoiser's `state_dict`, for which processes that share its frozen weights would have to meet.
+    found: dict[str, Tensor] = get_peft_model_state_dict(denoiser, dict(denoiser.named_parameters()))
+    return found
 
 
 def load_lora_state(denoisers: dict[str, nn.Module], state: Mapping[str, Tensor]) -> None:
@@ -121,9 +128,10 @@ def load_lora_state(denoisers: dict[str, nn.Module], state: Mapping[str, Tensor]
         raise UsageError(
             f"the LoRA has other weights than these layers: {found}; give one of the same model and layers"
         )
-    for name, denoiser in denoisers.items():
-        own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
-        set_peft_model_state_dict(denoiser, own)
+    with torch.no_grad():
+        for name, denoiser in denoisers.items():
+            for key, weight in _lora_weights(denoiser).items():
+                weight.copy_(state[f"{name}.{key}"])
 
 
 def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, folder: Path) -> None:
@@ -141,7 +149,7 @@ def save_lora(pipe: Any, denoisers: dict[str, nn.Module], config: LoraConfig, fo
         return
     for name, denoiser in denoisers.items():
         of = "transformer" if name == _SECOND else name  # diffusers names both alike
-        weights = {f"{of}_lora_layers": get_peft_model_state_dict(denoiser)}
+        weights = {f"{of}_lora_layers": _lora_weights(denoiser)}
         # Without the dropout, which diffusers would load switched on.
         metadata = {f"{of}_lora_adapter_metadata": config.to_dict() | {"lora_dropout": 0.0}}
         where = folder / _SECOND if name == _SECOND else folder

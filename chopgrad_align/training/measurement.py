@@ -121,6 +121,14 @@ class Scores:
     weights: dict[str, list[float]]
     kept: dict[str, list[Tensor]]
 
+    def without_first(self, count: int) -> Scores:
+        """These scores but for those of the first pairs."""
+
+        def rest(lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            return {name: of[count:] for name, of in lists.items()}
+
+        return Scores(self.prompts[count:], rest(self.terms), rest(self.weights), rest(self.kept))
+
 
 def joined(shares: Sequence[Scores]) -> Scores:
     """The scores of all pairs from those of each process."""
@@ -148,6 +156,9 @@ def evaluate(
 ) -> Scores:
     """Score this process's share of the held-out pairs; random frames are those of the pair's seed.
 
+    Every process makes equally many calls of the pipeline, since processes may share one model: where pairs do not go
+    round, the last ones repeat pairs of others, and drop the scores.
+
     Args:
         witnesses: Observe the videos beside the objective.
         pairs: How many there are.
@@ -155,13 +166,15 @@ def evaluate(
         share: This process's rank and the number of processes.
         videos: Folder, number and frames per second of the mp4 files to write, of the first pairs of all; conditions
             and targets, if there are any, go into folders beside it, once.
-        interrupted: Asked before each batch; the rest is left out if it is not 0.
+        interrupted: Asked before each batch, and of one mind in all processes; the rest is left out if it is not 0.
 
     Returns:
         The scores of the share.
     """
     rank, world = share
-    start, stop = (pairs * k // world for k in (rank, rank + 1))
+    count = math.ceil(pairs / world)
+    start = min(rank * count, pairs - count)
+    repeated, stop = min(rank * count - start, count), start + count
     terms = list(objective.terms)
     scores = Scores([], {n: [] for n in terms}, {n: [] for n in terms}, {n: [] for n in witnesses})
     with (
@@ -182,17 +195,19 @@ def evaluate(
                 scores.kept[name] += witness.observe(video, chosen.prompts, chosen.frame_seeds).cpu().unbind()
             if videos is not None:
                 with pictures("a sample video"):
-                    _write_videos(*videos, places, video, chosen)
+                    _write_videos(*videos, places, video, chosen, repeated=start + repeated)
             bar.update(len(places))
-    return scores
+    return scores.without_first(repeated)
 
 
-def _write_videos(folder: Path, count: int, fps: float, places: range, video: Tensor, chosen: MicroBatch) -> None:
+def _write_videos(
+    folder: Path, count: int, fps: float, places: range, video: Tensor, chosen: MicroBatch, repeated: int
+) -> None:
     shown = {folder: video} | {folder.with_name(role): clips for role, clips in chosen.videos.items()}
     for into, clips in shown.items():
         for place, clip in zip(places, clips, strict=True):
             path = into / f"{place:03d}.mp4"
-            if place < count and (into == folder or not path.exists()):
+            if repeated <= place < count and (into == folder or not path.exists()):
                 write_video(path, clip.expand(-1, 3, -1, -1).float().cpu().clamp(0, 1), fps)
 
 

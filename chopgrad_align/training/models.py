@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -23,7 +23,11 @@ from ..sampling.predictions.latents import known_family
 from ..sampling.predictions.probability_paths import path_of
 from .config import Config, Loss, Model, Reward
 from .config import Term as OwnTerm
-from .lora import fuse_lora, lora_file
+from .lora import TRAINED, fuse_lora, lora_file
+from .sharding import read_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 _LATENT: dict[str, Literal["latents", "outputs"]] = {"latent": "latents", "diffusion": "outputs"}
 
@@ -39,7 +43,9 @@ def check_pipeline(name: str, argument: str) -> None:
         _expect_hub_id(name, argument, "folder")
 
 
-def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str | None = None) -> Any:
+def read_pipeline(
+    name: str, argument: str, dtypes: Mapping[str, str], variant: str | None = None, mesh: DeviceMesh | None = None
+) -> Any:
     """Load a diffusers pipeline from its folder or from the hub.
 
     Args:
@@ -47,6 +53,7 @@ def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str
         argument: What the user knows the name as; errors begin with it.
         dtypes: Of the weights: a type's name for each component that has its own, and `default`.
         variant: Of the weight files, such as fp16.
+        mesh: Processes among which the denoisers are sharded.
 
     Raises:
         UsageError: As `check_pipeline`, and if it cannot be loaded.
@@ -56,11 +63,31 @@ def read_pipeline(name: str, argument: str, dtypes: dict[str, str], variant: str
     check_pipeline(name, argument)
     dtype = {component: getattr(torch, dtype) for component, dtype in dtypes.items()}
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
+        if mesh is None:
+            return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
+        return _read_sharded_pipeline(name, dtype, variant, mesh)
     except Exception as error:  # of diffusers, transformers, safetensors and the hub, each of which has its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = "check its files" if Path(name).exists() else "check the name and the network"
         raise UsageError(f"{argument}: cannot load {name}; {remedy} ({reason})") from error
+
+
+def _read_sharded_pipeline(name: str, dtypes: dict[str, torch.dtype], variant: str | None, mesh: DeviceMesh) -> Any:
+    import diffusers
+    from huggingface_hub import snapshot_download
+
+    config = diffusers.DiffusionPipeline.load_config(name)
+    classes = {key: config[key][1] for key in TRAINED if config.get(key, [None])[0] == "diffusers"}
+    folder = name if Path(name).is_dir() else snapshot_download(name, allow_patterns=[f"{key}/*" for key in classes])
+    denoisers = {
+        key: read_sharded(
+            getattr(diffusers, kind), Path(folder, key), dtypes.get(key, dtypes["default"]), mesh, variant
+        )
+        for key, kind in classes.items()
+    }
+    # Of its own class: DiffusionPipeline overlooks components that are given and may be absent, and loads them.
+    pipeline = getattr(diffusers, config["_class_name"], diffusers.DiffusionPipeline)
+    return pipeline.from_pretrained(name, dtype=dtypes, variant=variant, **denoisers)
 
 
 def check_model(model: Model) -> None:
@@ -77,11 +104,13 @@ def _expect_hub_id(name: str, argument: str, kind: str) -> None:
         raise UsageError(f"{argument}: there is no {kind} {name}; give one, or a hub id such as owner/name")
 
 
-def load_pipeline(model: Model) -> Any:
-    """The pipeline on the CPU, its VAE in its own type, LoRAs fused, its scheduler replaced if the config says so."""
-    pipe = read_pipeline(
-        model.name, "model.name", {"default": model.dtype, "vae": model.vae_dtype}, variant=model.variant
-    )
+def load_pipeline(model: Model, mesh: DeviceMesh | None = None) -> Any:
+    """The pipeline on the CPU, its VAE in its own type, LoRAs fused, its scheduler replaced if the config says so.
+
+    Its denoisers are sharded among the processes of a mesh, if there is one.
+    """
+    dtypes = {"default": model.dtype, "vae": model.vae_dtype}
+    pipe = read_pipeline(model.name, "model.name", dtypes, model.variant, mesh)
     for lora in model.loras.values():
         fuse_lora(pipe, lora.name, lora.file, lora.scale, lora.second)
     if model.scheduler:

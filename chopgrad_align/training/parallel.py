@@ -1,4 +1,4 @@
-"""Who holds what and who works on which clip: replicas of the whole model, each with clips of its own."""
+"""Who holds what and who works on which clip: replicas of the model, whole or sharded, each with clips of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..common.errors import UsageError
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 # What a configuration of accelerate can ask for and the trainer does not do: its variable, the value that asks for
 # nothing, and what to do instead.
 _NOT_OBEYED = {
-    "ACCELERATE_USE_FSDP": ("false", "FSDP", "every process holds the whole model"),
+    "ACCELERATE_USE_FSDP": ("false", "FSDP", "set parallel.shard instead"),
     "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed", "every process holds the whole model"),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM", "every process holds the whole model"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "a parallelism config", "every process holds the whole model"),
@@ -60,9 +61,10 @@ class LostContactError(RuntimeError):
 
 
 class Replicas:
-    """The processes of a run; every one of them holds the whole model.
+    """The processes of a run; each works on clips of its own.
 
     Args:
+        shard: So many of them, next to each other, share one copy of the frozen denoisers.
         trackers: Names of experiment trackers.
         folder: Where those keep their files.
         threads: CPU threads of this process; default `OMP_NUM_THREADS`, or else its share of the cores.
@@ -75,6 +77,7 @@ class Replicas:
         folder: str | None = None,
         threads: int | None = None,
         timeout: float = 1800.0,
+        shard: int = 1,
     ) -> None:
         self._timeout = timeout
         self._accelerator = Accelerator(
@@ -87,6 +90,19 @@ class Replicas:
         self.device, self.is_main = self._accelerator.device, self._accelerator.is_main_process
         if self.device.type == "cpu":
             torch.set_num_threads(threads or _threads_of_the_environment() or _share_of_the_cores())
+        if self.world % shard:
+            raise UsageError(
+                f"parallel.shard={shard}: expected a divisor of the number of processes, {self.world}; launch more or "
+                "set parallel.shard=1"
+            )
+        self._shard = shard
+
+    def sharing(self) -> DeviceMesh | None:
+        """The processes that share one copy of the frozen denoisers with this one; None: each holds the whole."""
+        if self._shard == 1:
+            return None
+        shape = (self.world // self._shard, self._shard)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))["shard"]
 
     def shares(self, batch_size: int, micro_batch: int) -> list[range]:
         """Places of the batch that this process works on, a micro-batch at a time.

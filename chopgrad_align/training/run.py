@@ -93,14 +93,16 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
         UsageError: As `load_models`; a batch that the processes cannot share; a reward that breaks its contract; a
             disk too small for the checkpoints.
     """
-    parallel = Replicas(config.trackers, config.run.folder, config.run.threads, config.parallel.timeout)
+    parallel = Replicas(
+        config.trackers, config.run.folder, config.run.threads, config.parallel.timeout, config.parallel.shard
+    )
     shares = parallel.shares(config.train.batch_size, config.train.micro_batch)
     if config.validation.pairs < parallel.world:
         raise UsageError(
             f"validation.pairs={config.validation.pairs} must be at least the number of processes, {parallel.world}"
         )
     call = dict(config.model.call)
-    models = load_models(config, parallel.device, data.shapes(call))
+    models = load_models(config, parallel.device, data.shapes(call), mesh=parallel.sharing())
     batches = data.batches(models.pipe, models.objective, config)
     size = (call["height"], call["width"]) if call.get("height") and call.get("width") else (64, 64)
     prompts = (batches.prompts(0) * 2)[:2]  # there may be one
@@ -109,9 +111,9 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
         term.check(name, *probe)
     witnesses = make_witnesses(config)
     check_witnesses(witnesses, *probe)
-    # Weights and two moments in float32; a new checkpoint is complete before the oldest goes.
+    # Weights, two moments and an average in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
-    folder.check_space(3 * 4 * count * (config.checkpoint.keep + 1))
+    folder.check_space(4 * (3 if config.ema.decay is None else 4) * count * (config.checkpoint.keep + 1))
     phases, requests = Phases(parallel.device), StopRequests(say=parallel.is_main)
     method, state = make_method(config, models, phases), make_state(config, models.trainable)
     validation = Validation(

@@ -73,7 +73,7 @@ class Validation:
                 settings.batch,
                 (self.parallel.rank, self.parallel.world),
                 (self.folder.samples / name, settings.videos, self.fps),
-                self.requests.number,
+                lambda: self.parallel.greatest(self.requests.number()),
             )
         self.requests.stop_if_any(self.parallel)
         scores, progress = joined(self.parallel.gather_objects(share)), state.progress

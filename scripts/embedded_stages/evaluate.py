@@ -24,7 +24,7 @@ from .export import EMBEDDED
 
 
 def psnr(video: Tensor, other: Tensor) -> float:
-    """Of videos in [0, 1], in dB."""
+    """Peak signal-to-noise ratio of videos in [0, 1], in dB."""
     return -10 * math.log10((video - other).square().mean().item())
 
 

@@ -71,7 +71,7 @@ class Sinc:
     cutoff: Range = (math.pi / 3, math.pi)
     """In radians a pixel; pi keeps nearly everything."""
     size: int = 21
-    """Of the kernel; odd."""
+    """Side of the kernel; odd."""
 
     def __post_init__(self) -> None:
         check_ranges(self, 0.1, math.pi, "cutoff")

@@ -54,7 +54,7 @@ class VideoCodec:
     """x264's constant rate factor: 0 is lossless, 23 its default, 51 the worst. MPEG-4: its quantiser, 1 to 31."""
     codec: Literal["h264", "mpeg4"] = "h264"
     preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow"] = "veryfast"
-    """Of x264; faster ones have fewer tools and thus more artefacts, as hardware and live encoders have."""
+    """Preset of x264; faster ones have fewer tools and thus more artefacts, as hardware and live encoders have."""
 
     def __post_init__(self) -> None:
         if self.codec not in ("h264", "mpeg4"):

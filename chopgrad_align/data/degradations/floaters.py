@@ -25,12 +25,12 @@ class Floaters:
 
     clusters: tuple[int, int] = (3, 8)
     splats: tuple[int, int] = (10, 40)
-    """Of a cluster."""
+    """Splats of a cluster."""
     size: Range = (0.01, 0.12)
     """Standard deviation along a splat, in parts of the shorter side; small and large are equally likely."""
     elongation: Range = (1.5, 8.0)
     opacity: Range = (0.4, 1.0)
-    """Of the smallest; larger ones are thinner, as fog, by the cube root of their size."""
+    """Opacity of the smallest; larger ones are thinner, as fog, by the cube root of their size."""
     travel: Range = (0.05, 0.35)
     """How far they move over the clip, in parts of the shorter side."""
 

@@ -22,7 +22,7 @@ class Holes:
     travel: Range = (0.05, 0.4)
     """How far they move over the clip, in parts of the frame."""
     roughness: Range = (1.3, 1.9)
-    """Of their rims: 1 is ragged, 2 is smooth."""
+    """Roughness of their rims: 1 is ragged, 2 is smooth."""
 
     def __post_init__(self) -> None:
         check_ranges(self, 0.0, 0.9, "area")

@@ -21,7 +21,7 @@ class ObjectMask:
 
     count: tuple[int, int] = (1, 3)
     area: Range = (0.02, 0.12)
-    """Of each, as a part of the frame."""
+    """Area of each, as a part of the frame."""
     travel: Range = (0.2, 0.9)
     """How far the middle of each moves over the clip, in parts of the shorter side; it turns at the edges."""
     waviness: Range = (0.05, 0.25)

@@ -36,7 +36,7 @@ class Stage:
     gaussian: GaussianNoise = field(default_factory=GaussianNoise)
     poisson: PoissonNoise = field(default_factory=PoissonNoise)
     gaussian_probability: float = 0.5
-    """Of the one noise; otherwise it is the other."""
+    """Probability of the one noise; otherwise it is the other."""
 
     def __post_init__(self) -> None:
         check_ranges(self, 0.0, 1.0, "blur_probability", "sinc_probability", "gaussian_probability")

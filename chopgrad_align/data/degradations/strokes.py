@@ -27,7 +27,7 @@ class StrokeMask:
     brush: Range = (0.04, 0.12)
     """Width, in parts of the shorter side."""
     corners: tuple[int, int] = (3, 9)
-    """Of a stroke."""
+    """Corners of a stroke."""
     travel: Range = (0.0, 0.3)
     """How far they move over the clip, in parts of the shorter side."""
     sway: float = 0.02

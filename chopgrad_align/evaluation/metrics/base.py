@@ -12,7 +12,7 @@ from torch import Tensor
 from ...common.errors import UsageError
 
 HUB_CACHE = "its weights in the folder hub/checkpoints of TORCH_HOME, or a way to download them"
-"""What metrics expect whose library finds the weights by itself."""
+"""The checkpoint that metrics expect whose library finds the weights by itself."""
 
 _FRAMES_AT_A_TIME = 8
 

@@ -18,7 +18,7 @@ from .base import Metric, expect_size
 _SMALLEST = 16  # pixels of a side, of DIS
 
 Flow = Callable[[Tensor, Tensor], Tensor]
-"""As `OpticalFlow.forward`."""
+"""The function that `OpticalFlow.forward` is."""
 
 
 class WarpingError(Metric):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...common.errors import UsageError
-from ..reward.loading import construct, unknown_name
+from ...common.loading import construct_known
 from .protocol import Loss
 
 LOSSES = {
@@ -40,9 +40,7 @@ def load_loss(name: str, /, **args: object) -> Loss:
     Raises:
         UsageError: The name, module, file, attribute or an argument is wrong, or a package is not installed.
     """
-    if ":" not in name and name not in LOSSES:
-        raise unknown_name("loss", name, LOSSES)
-    loss = construct("loss", name, LOSSES.get(name, name), args)
+    loss = construct_known("loss", name, LOSSES, args)
     if not callable(loss):
         raise UsageError(
             f"loss {name!r} made a {type(loss).__name__}, which cannot be called as loss(video, target, mask)"

@@ -41,7 +41,7 @@ class _RegionLoss(nn.Module, ABC):
     """A loss with a weight for what lies inside and outside a mask."""
 
     has_map: ClassVar[bool] = True
-    """Whether errors have a place; if not, a mask can leave a region out but not weigh it."""
+    """True if errors have a place; if not, a mask can leave a region out but not weigh it."""
 
     def __init__(self, inside: float, outside: float) -> None:
         super().__init__()

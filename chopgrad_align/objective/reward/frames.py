@@ -102,7 +102,7 @@ class FirstLast(FrameSampler):
 
 
 Frames = FrameSampler | int | str | Mapping[str, int] | None
-"""What `frame_sampler` understands; the type of every argument `frames`."""
+"""Choice of frames that `frame_sampler` understands; the type of every argument `frames`."""
 
 _NAMED: dict[str, FrameSampler] = {"all": All(), "first": First(), "last": Last(), "first+last": FirstLast()}
 _COUNTED: dict[str, Callable[[int], FrameSampler]] = {
