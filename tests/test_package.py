@@ -228,7 +228,8 @@ OURS = [entry for entry in entry_points(group="chopgrad_align.rewards") if entry
 
 def test_every_reward_of_the_folder_is_published():
     published = {entry.module for entry in OURS}
-    shared = ("checkpoints", "detection", "optical_flow", "preprocess", "prompt_cache", "whole_video")
+    models = ("checkpoints", "detection", "optical_flow", "precision", "preprocess", "whole_video")
+    shared = (*models, "prompt_cache", "prompt_length")
     helpers = {"chopgrad_rewards", *(f"chopgrad_rewards.{name}" for name in shared)}
     assert published == {module for module in MODULES if module.split(".")[0] == "chopgrad_rewards"} - helpers
 

@@ -1,7 +1,10 @@
 """What holds for every published reward: its gradient is that of its score, and it passes the check of rewards."""
 
 import importlib.metadata
+import inspect
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny_frame_rewards
@@ -67,7 +70,7 @@ def test_prompts_that_are_cut_are_told_once(load, name):
     fits, longer, longest = (" ".join([word] * (limit + more)) for more in (-2, -1, 30))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        reward(video, [fits, word, ""])
+        reward(video, [fits + " ", word, ""])
     with pytest.warns(UserWarning, match=f"^{name}: 2 of 3 prompts are longer than the {limit} tokens"):
         scores = reward(video, [fits, longer, longest])
     # Once: another warning would be an error. What is cut off does not count.
@@ -75,10 +78,11 @@ def test_prompts_that_are_cut_are_told_once(load, name):
 
 
 FORMULAS = ("colorfulness", "compressibility", "sharpness")
-FLOW = ("motion", "warp_consistency")  # in float32 from the features on
+IN_FLOAT32 = ("motion", "warp_consistency")  # from the features on
+IN_STEPS = ("video_text",)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in FORMULAS + FLOW])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FORMULAS + IN_FLOAT32 + IN_STEPS])
 @torch.no_grad()
 def test_scores_of_half_precision_are_not_in_steps(load, name):
     """In bfloat16 itself there would be as many scores as there are numbers with 8 bits."""
@@ -87,6 +91,18 @@ def test_scores_of_half_precision_are_not_in_steps(load, name):
     scores = reward(videos, [*prompts_of(name), *prompts_of(name)])
     assert scores.dtype == torch.float32
     assert (scores != scores.bfloat16().float()).sum() >= 5
+
+
+def test_the_table_names_every_reward_and_the_revision_of_its_checkpoint():
+    table = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    pinned = 0
+    for entry in importlib.metadata.entry_points(group="chopgrad_align.rewards"):
+        assert f"`{entry.name}`" in table
+        defaults = " ".join(str(p.default) for p in inspect.signature(entry.load()).parameters.values())
+        for repository, revision in re.findall(r"([\w-]+/[\w.-]+)(?:@|/raw/)([0-9a-f]{40})", defaults):
+            assert f"{repository}@{revision[:7]}" in table
+            pinned += 1
+    assert pinned == 13
 
 
 @pytest.mark.slow
