@@ -67,7 +67,7 @@ def test_prompts_that_are_cut_are_told_once(load, name):
     reward, limit = load(name), LIMITS[name]
     video = tiny_rewards.video_of(32, 32, batch=3, frames=4)
     word = prompts_of(name)[0].split()[1]
-    fits, longer, longest = (" ".join([word] * (limit + more)) for more in (-2, -1, 30))
+    fits, longer, longest = (" ".join([word] * (limit + more)) for more in (-2, 0, 30))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reward(video, [fits + " ", word, ""])
@@ -108,10 +108,8 @@ def test_the_table_names_every_reward_and_the_revision_of_its_checkpoint():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_passes_its_own_check(load, name):
-    more = {"label": "jogging"} if name == "action" else {}
-    video, prompt, _ = clip(None, None)
-    reward = load(name, **more)
-    if name in ("clip_score", "video_text"):
-        reward = load_reward(name)
-    report = dict(examine(reward, name, video, [prompt, "a blue square on the grass"]))
+    # The last level of the small Grounding DINO is one number, which its GroupNorm refuses of a single frame.
+    reward = load(name, **({"frames_per_chunk": 9} if name == "object_removal" else {}))
+    video, _, _ = clip(None, None)
+    report = dict(examine(reward, name, video, prompts_of(name)[:2]))
     assert list(report)[-1] in ("finite differences", "ascent")
