@@ -55,13 +55,13 @@ class ImageTextSimilarity(nn.Module):
             resampling=resampling,
         )
         self._length = LengthWarning(reward, self.tokenizer.context_length)
-        self._texts = PromptCache(self._encode_texts)
+        self.texts = PromptCache(self._encode_texts)
 
     def forward(self, frames: Tensor, prompts: list[str]) -> Tensor:
         """`(N, 3, H, W)` in [0, 1] and N texts -> `(N,)` in [-1, 1]."""
         weight = next(self.model.parameters())
         image = wide(self.model.encode_image(self.preprocess(frames).to(weight.dtype), normalize=False))
-        return (F.normalize(image, dim=-1) * self._texts(prompts).to(image)).sum(-1)
+        return (F.normalize(image, dim=-1) * self.texts(prompts).to(image)).sum(-1)
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         if self._length.due:  # a text that fits leaves room for the padding of an empty one
@@ -106,6 +106,9 @@ class ClipScore(FrameReward):
         ):
             self.similarity = ImageTextSimilarity("clip_score", name, pretrained)
         self.requires_grad_(False).eval()
+
+    def prepare_prompts(self, prompts: list[str]) -> None:
+        self.similarity.texts(prompts)
 
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
         return self.similarity(frames, prompts)

@@ -56,5 +56,8 @@ class HPSv2(FrameReward):
             self.similarity = ImageTextSimilarity("hps_v2", model, str(path), "longest", resampling)
         self.requires_grad_(False).eval()
 
+    def prepare_prompts(self, prompts: list[str]) -> None:
+        self.similarity.texts(prompts)
+
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
         return self.similarity(frames, prompts)

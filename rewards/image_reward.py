@@ -80,6 +80,9 @@ class ImageReward(FrameReward):
         self.preprocess = Preprocess(size=(side, side))
         self.requires_grad_(False).eval()
 
+    def prepare_prompts(self, prompts: list[str]) -> None:
+        self.tokenizer.tell(prompts)
+
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
         weight = self.vision.embeddings.class_embedding
         image = self.vision(pixel_values=self.preprocess(frames).to(weight.dtype)).last_hidden_state

@@ -79,6 +79,9 @@ class MPS(FrameReward):
         self._texts = PromptCache(self._encode_texts, capacity=256)  # every word has features: 0.3 MB a prompt
         self.requires_grad_(False).eval()
 
+    def prepare_prompts(self, prompts: list[str]) -> None:
+        self._texts(prompts)
+
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
         pixels = self.preprocess(frames).to(self.model.logit_scale.dtype)
         patches = self.model.visual_projection(self.model.vision_model(pixel_values=pixels).last_hidden_state)

@@ -54,6 +54,9 @@ class PickScore(FrameReward):
         self._texts = PromptCache(self._encode_texts)
         self.requires_grad_(False).eval()
 
+    def prepare_prompts(self, prompts: list[str]) -> None:
+        self._texts(prompts)
+
     def score_frames(self, frames: Tensor, prompts: list[str]) -> Tensor:
         pixels = self.preprocess(frames).to(self.clip.logit_scale.dtype)
         image = self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)

@@ -42,10 +42,14 @@ class CuttingTokenizer:
         self.tokenizer, self.length = tokenizer, length
         self.warning = LengthWarning(reward, length)
 
+    def tell(self, texts: list[str]) -> None:
+        """Warn of those among different texts that are cut."""
+        if self.warning.due:
+            texts = list(dict.fromkeys(texts))
+            ids = self.tokenizer(texts, truncation=True, max_length=self.length + 1)["input_ids"]
+            self.warning.tell(sum(len(row) > self.length for row in ids), len(texts))
+
     def __call__(self, texts: list[str], **options: Any) -> Any:
         """The tokenizer's output for `texts`, as tensors; `options` are its own."""
-        if self.warning.due:
-            different = list(dict.fromkeys(texts))
-            ids = self.tokenizer(different, truncation=True, max_length=self.length + 1)["input_ids"]
-            self.warning.tell(sum(len(row) > self.length for row in ids), len(different))
+        self.tell(texts)
         return self.tokenizer(texts, truncation=True, max_length=self.length, return_tensors="pt", **options)

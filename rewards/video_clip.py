@@ -63,6 +63,9 @@ class VideoClip(WholeVideoReward):
         self._texts = PromptCache(self._encode_texts)
         self.requires_grad_(False).eval()
 
+    def prepare_prompts(self, prompts: list[str]) -> None:
+        self._texts(prompts)
+
     def score_sample(self, frames: Tensor, prompt: str) -> Tensor:
         model = self.model
         pixels = self.preprocess(frames[part_centres(len(frames), self.count)]).to(model.visual_projection.weight.dtype)

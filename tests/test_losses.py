@@ -187,7 +187,7 @@ def test_ms_ssim_value(make):
 
 def pytorch_msssims(x, y):
     """The value of the package `pytorch_msssim` for frames `(N, 3, H, W)`, step by step."""
-    places = torch.arange(11) - 5.0
+    places = torch.arange(11, dtype=x.dtype) - 5
     window = (-(places**2) / (2 * 1.5**2)).exp()
     window = (window / window.sum()).expand(3, 1, 1, 11)
 
@@ -203,7 +203,7 @@ def pytorch_msssims(x, y):
         terms.append((similarity if level == 4 else contrast).flatten(2).mean(-1).relu())
         padding = [side % 2 for side in x.shape[2:]]
         x, y = (F.avg_pool2d(z, kernel_size=2, padding=padding) for z in (x, y))
-    weights = torch.tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333]).view(-1, 1, 1)
+    weights = x.new_tensor([0.0448, 0.2856, 0.3001, 0.2363, 0.1333]).view(-1, 1, 1)
     return (torch.stack(terms) ** weights).prod(0).mean(1)
 
 

@@ -158,7 +158,7 @@ def test_frames_that_are_not_read_take_no_memory(folder):
         patch.setattr(VideoFile, "frames_at", frame_is_made)
         every = Colorfulness(frames_per_chunk=4)
         (scored,) = score_clips(every, "every", [Clip(folder / "long.mp4", "")], torch.device("cpu"))
-        assert most <= 6
+        assert most <= 9  # two chunks
         assert scored.score == pytest.approx(every(read_video(folder / "long.mp4")[0][None], [""]).item(), rel=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_frames_that_are_not_read_take_no_memory(folder):
         (["--video", "videos", "--prompt", "", "frame=3"], "'frame'; did you mean 'frames'?"),
         (["--video", "latin"], "cannot read the prompt in latin/a.txt: "),
         (["--csv", "latin/a.csv"], "the prompt file latin/a.csv is not UTF-8; save it in that encoding"),
-        (["--csv", "open.csv"], "open.csv, line 2: not CSV (unexpected end of data); close quotes"),
+        (["--csv", "open.csv"], "open.csv, line 1: not CSV (unexpected end of data); close quotes"),
         (["--csv", "huge.csv"], "huge.csv, line 2 has no prompt: give --prompt"),
     ],
 )

@@ -19,11 +19,11 @@ from ..objective.reward.checking import scores_and_gradient
 from ..objective.reward.protocol import frames_read, score
 
 # Of pixels in [0, 1]; the small ones would drown in float32.
-_STEPS = {torch.float32: (0.03, 0.01, 0.003, 0.001), torch.float64: (3e-4, 1e-4, 3e-5, 1e-5)}
-_DIRECTIONS = 3
+_STEPS = {torch.float32: (0.03, 0.01, 0.003, 0.001), torch.float64: (3e-4, 1e-4, 3e-5, 1e-5, 3e-6)}
+_DIRECTIONS = 4
 _BLOCK = 8  # pixels
 _TOLERANCE = 0.05
-_COARSER = 0.5  # error that the step before may have: a smooth score comes near bit by bit
+_COARSER = 1.0  # error that the step before may have: a smooth score comes near bit by bit
 _FEW = 4  # frames, where so many do
 _SEEDS = [0, 1]  # of random frames
 
@@ -178,10 +178,10 @@ def _few(reward: Reward, video: Tensor, prompts: list[str]) -> int:
     """How many frames do for what needs no more: a few; all, if the reward takes no fewer."""
     try:
         with torch.no_grad():
-            score(reward, video[:, :_FEW], prompts, _SEEDS[:1])
+            enough = score(reward, video[:, :_FEW], prompts, _SEEDS[:1]).isfinite().all()
     except Exception:  # what a reward raises for too few is its own affair
-        return video.shape[1]
-    return _FEW
+        enough = False
+    return _FEW if enough else video.shape[1]
 
 
 def _reach(reward: Reward, name: str, gradient: Tensor) -> str:

@@ -63,12 +63,16 @@ class SampledReward(nn.Module, ABC):
         if seeds is None:
             drawn = isinstance(self.frames, Random)
             seeds = torch.randint(2**62, (len(video),)).tolist() if drawn else [0] * len(video)
+        self.prepare_prompts(prompts)
         total = video.shape[1]
         chosen = [self.frames.indices(total, seed) for seed in seeds]
         if len(chosen[0]) < total:
             samples = torch.arange(len(video), device=video.device)[:, None]
             video = video[samples, torch.tensor(chosen, device=video.device)]
         return check_scores(f"{name}.score_video", self.score_video(video, prompts), len(video))
+
+    def prepare_prompts(self, prompts: list[str]) -> None:
+        """See all prompts of a call, before its frames come in chunks; to encode them at once, for example."""
 
     def at_fps(self, fps: float) -> SampledReward:
         """This reward for videos of `fps` frames a second: itself, unless it depends on that and was not told."""
