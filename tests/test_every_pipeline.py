@@ -38,25 +38,12 @@ pytestmark = [
 ]
 
 
-SATURATED = dict.fromkeys(
-    [
-        *("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"),
-        *("Cosmos2VideoToWorldPipeline", "Cosmos2VideoToWorldPipeline/video"),
-    ],
-    "all pixels of the tiny pipeline are saturated, so that there is no gradient to compare",
-)
-UNMOVED = dict.fromkeys(
-    ["LTXConditionPipeline/video", "LTX2ConditionPipeline", "LTX2InContextPipeline"],
-    "the run's one step has no gradient, though the rollout's is right; why is not known",
-)
-
-
-def classes(reason, unshown):
+def classes(reason):
     """Names of the entries, as cases of a test, of which those with a reason are expected to fail."""
     return [
         pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=why)] if why else [])
         for name, entry in ENTRIES.items()
-        for why in [reason(entry) or unshown.get(name)]
+        for why in [reason(entry)]
     ]
 
 
@@ -215,7 +202,7 @@ def gradient(frames: Tensor, weights: list[Tensor]) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("name", classes(lambda entry: entry.fault, SATURATED))
+@pytest.mark.parametrize("name", classes(lambda entry: entry.fault))
 def test_rollout(name):
     entry = ENTRIES[name]
     pipe = entry.make()
@@ -241,7 +228,7 @@ def test_rollout(name):
     assert not torch.equal(*seen)
 
 
-@pytest.mark.parametrize("name", classes(lambda entry: entry.fault or entry.untrained, SATURATED | UNMOVED))
+@pytest.mark.parametrize("name", classes(lambda entry: entry.fault or entry.untrained))
 def test_run(name, tmp_path):
     entry = ENTRIES[name]
     entry.make().save_pretrained(tmp_path / "model")

@@ -178,7 +178,7 @@ def _few(reward: Reward, video: Tensor, prompts: list[str]) -> int:
     """How many frames do for what needs no more: a few; all, if the reward takes no fewer."""
     try:
         with torch.no_grad():
-            enough = score(reward, video[:, :_FEW], prompts, _SEEDS[:1]).isfinite().all()
+            enough = bool(score(reward, video[:, :_FEW], prompts, _SEEDS[:1]).isfinite().all())
     except Exception:  # what a reward raises for too few is its own affair
         enough = False
     return _FEW if enough else video.shape[1]

@@ -237,7 +237,7 @@ def read_argument(
         if words & _NUMBERS and not _is_array(value):
             return Value(_number(value, words))
         if words & _MEDIA or annotation is inspect.Parameter.empty:
-            return _media(name, _from_json(value) if _is_list(value) else value, words, folder, several)
+            return _media(name, _from_json(value) if _is_list(value) else value, words, folder, several, repeat)
         return Value(text_cell(value) if "str" in words else _from_json(value))
 
 
@@ -296,9 +296,9 @@ def _records(cls: type, value: Any, folder: Path) -> Argument:
     return Record(cls, {key: read_argument(key, part, hints[key], folder, repeat=False) for key, part in value.items()})
 
 
-def _media(name: str, value: Any, words: set[str], folder: Path, several: bool) -> Argument:
+def _media(name: str, value: Any, words: set[str], folder: Path, several: bool, repeat: bool) -> Argument:
     if isinstance(value, list):
-        return Several(tuple(_media(name.removesuffix("s"), part, words, folder, False) for part in value))
+        return Several(tuple(_media(name.removesuffix("s"), part, words, folder, False, repeat) for part in value))
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"expected a path, or a list of paths, got {shown(value)}")
     path = folder / readable_text(value.strip())
