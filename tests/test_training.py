@@ -345,7 +345,10 @@ def test_dry_run_writes_nothing(configure, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train={tmp}/none.txt"], r"cannot read the prompt file .*none.txt: No such file or directory"),
+        (
+            ["data.train={tmp}/none.txt"],
+            r"data.train: cannot read .*none.txt: No such file or directory; check the path",
+        ),
         (["data.held_out={tmp}/empty.txt"], r"the prompt file .*empty.txt is empty; write at least one prompt"),
         (["data.train={tmp}/images.csv", "train.micro_batch=2"], r"one image a call: set train.micro_batch=1"),
         (["model.name={tmp}/none"], r"model.name: there is no folder .*none; give one, or a hub id such as owner/name"),
