@@ -94,13 +94,10 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
         if not isinstance(found, Trainable):
             raise UsageError(f"trainable.name: {named.name} made a {type(found).__name__}, which is no Trainable")
         made = found
-    if config.model.gradient_checkpointing:
+    with located("gradient.denoiser"):
         for name in TRAINED:
             if pipe.components.get(name) is not None:
-                denoiser = pipe.components[name]
-                if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-                    raise UsageError(f"model.gradient_checkpointing: {type(denoiser).__name__} has none; leave it out")
-                denoiser.enable_gradient_checkpointing()
+                config.checkpointing().expect_blocks(pipe.components[name])
     return made
 
 
@@ -147,6 +144,7 @@ def make_method(
         "objective": models.objective,
         "steps": config.gradient.step_policy(),
         "backprop": config.gradient.policy(),
+        "checkpointing": config.checkpointing(),
         "batch_size": config.train.batch_size,
         "phases": phases,
         "prediction": config.prediction.policy(clip_encoder(config), config.model.initial_noise()),

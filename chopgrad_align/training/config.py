@@ -15,6 +15,7 @@ from ..common.loading import construct, construct_known, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
 from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..sampling import predictions as prediction
+from ..sampling.checkpointing import Checkpointing
 from ..sampling.initial_noise import Noise
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
@@ -120,7 +121,8 @@ class Model:
     """Noise that the sampler starts from: offset, with args.scale, or a class of your own that is a `Noise`, see
     chopgrad_align/sampling/initial_noise.py. Default: the pipeline's standard normal noise."""
     gradient_checkpointing: bool = False
-    """Recompute every block of the denoiser too, not only each call of it."""
+    """Recompute every block of the denoiser too, not only each call of it: another default of
+    gradient.denoiser.checkpoint, which has further choices."""
     encode_prompts_once: bool = True
     """Before training; the text encoders then leave the device. False: in every call of the pipeline."""
     fps: FramesPerSecond = 8.0
@@ -358,6 +360,16 @@ _DECODER_KEYS = {"exact": _BLOCKS, "truncated": ("distance", *_BLOCKS), "full": 
 
 
 @_strict
+class DenoiserGraph:
+    checkpoint: Positive | Literal["call", "block", "nested", "none"] | None = None
+    """What runs again in the backward pass: call, each call of the denoiser; block, each block, faster than nested, but
+    the block inputs of all calls are kept; nested, each call, and each block in it; none; or a number n, one of n
+    blocks. Default: call, or nested with model.gradient_checkpointing. See sampling/checkpointing.py in the package."""
+    inputs: Literal["device", "host"] = "device"
+    """Where the inputs of blocks wait; from host memory they are fetched a block ahead."""
+
+
+@_strict
 class Gradient:
     last_steps: Positive | None = None
     """The last K denoising steps carry gradient; short for steps={name: last, args: {count: K}}. Default: 1."""
@@ -377,6 +389,8 @@ class Gradient:
     """With checkpoint: rows of a block's output that have a graph at a time; fewer take less memory."""
     saturated: Literal["zero", "pass"] = "zero"
     """Gradient of pixels clamped to [-1, 1]."""
+    denoiser: DenoiserGraph = field(default_factory=DenoiserGraph)
+    """The denoiser's activations: what is kept of them, and where."""
 
     @model_validator(mode="after")
     def _names(self) -> Gradient:
@@ -572,6 +586,16 @@ class Config:
                     f"losses.{name}.name={loss.name}: a loss of {of} needs prediction.mode={' or '.join(modes)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _checkpointing(self) -> Config:
+        self.checkpointing()
+        return self
+
+    def checkpointing(self) -> Checkpointing:
+        """What is kept of the denoiser's calls for the backward pass."""
+        default = "nested" if self.model.gradient_checkpointing else "call"
+        return Checkpointing(self.gradient.denoiser.checkpoint or default, self.gradient.denoiser.inputs)
 
     @model_validator(mode="after")
     def _watched(self) -> Config:
