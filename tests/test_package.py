@@ -85,7 +85,7 @@ CORE = [
     *(f"objective.losses{part}" for part in (".protocol", ".loading", "")),
     *("decoding.decoders.base", "decoding.decoders", "decoding.clamp"),
     *("decoding.onednn", "decoding.memory_efficient_layers", "decoding.graph"),
-    *("decoding.recurrence", "decoding.groupwise", "decoding.backprop", "decoding.decode"),
+    *("decoding.binomial", "decoding.recurrence", "decoding.groupwise", "decoding.backprop", "decoding.decode"),
     "sampling.call_checks",
 ]
 

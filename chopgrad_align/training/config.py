@@ -354,7 +354,7 @@ _STEP_POLICIES = {
 }
 
 
-_BLOCKS = ("cache", "rows", "saturated")
+_BLOCKS = ("cache", "cache_sets", "rows", "saturated")
 # What each policy reads of the section; one of the user's own has its args.
 _DECODER_KEYS = {"exact": _BLOCKS, "truncated": ("distance", *_BLOCKS), "full": ("saturated",)}
 
@@ -383,6 +383,9 @@ class Gradient:
     distance: NonNegative = 0
     """Truncation distance D, in frame groups."""
     cache: Literal["device", "host", "recompute"] = "device"
+    cache_sets: Positive | None = None
+    """The most sets of caches between frame groups that are there at a time; the others are made again, by an optimal
+    schedule. Default: all."""
     checkpoint: bool = True
     """Recompute blocks inside a frame group."""
     rows: Positive | None = None
@@ -397,7 +400,7 @@ class Gradient:
         if self.steps is not None and self.last_steps is not None:
             raise ValueError("give steps or its short form last_steps, not both")
         reads = _DECODER_KEYS.get(self.decoder, ("args",))
-        _expect_effect(self, {"args", "distance", "cache", "rows", "saturated"} - {*reads}, "decoder")
+        _expect_effect(self, {"args", "distance", "cache", "cache_sets", "rows", "saturated"} - {*reads}, "decoder")
         self.step_policy(), self.policy()
         return self
 
@@ -411,7 +414,8 @@ class Gradient:
 
     def policy(self) -> Backprop:
         """The way through the decoder."""
-        options: dict[str, Any] = {key: getattr(self, key) for key in ("cache", "checkpoint", "rows", "saturated")}
+        keys = ("cache", "cache_sets", "checkpoint", "rows", "saturated")
+        options: dict[str, Any] = {key: getattr(self, key) for key in keys}
         match self.decoder:
             case "exact":
                 return Exact(**options)
