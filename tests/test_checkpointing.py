@@ -18,12 +18,10 @@ WAYS = {
     "block": Checkpointing("block"),
     "block-host": Checkpointing("block", inputs="host"),
     "nested": Checkpointing("nested"),
-    "nested-host": Checkpointing("nested", inputs="host"),
     "none": Checkpointing("none"),
     "second": Checkpointing(2),
     "second-host": Checkpointing(2, inputs="host"),
 }
-every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 
 
 @pytest.mark.parametrize("kind", ["wan_euler", "cogvideox", "svd"])
@@ -78,7 +76,7 @@ def counted(way, policy=LastSteps(2), layers=6):  # noqa: B008 (frozen)
 def test_storage():
     found = {way: counted(way) for way in WAYS}
     held = {way: numbers[0] for way, numbers in found.items()}
-    assert held["none"] > held["second"] > held["block"] > held["block-host"] > held["call"] == held["nested"]
+    assert held["none"] > held["second"] > held["block"] > held["block-host"] > held["call"] == held["nested"], held
     for way, (_, waiting, _, most) in found.items():
         assert (waiting > 0) == (way in ("block-host", "second-host")), way
         assert (most > 0) == way.endswith("-host"), way
@@ -86,7 +84,7 @@ def test_storage():
     device, host = held["block"] - held["block-host"], found["block-host"][1]
     assert device <= host <= 1.5 * device
     peaks = {way: numbers[2] for way, numbers in found.items()}
-    assert peaks["nested-host"] < peaks["nested"] < peaks["block"] < peaks["call"] < peaks["none"]
+    assert max(peaks["nested"], peaks["block-host"]) < peaks["block"] < peaks["call"] < peaks["none"], peaks
 
 
 def test_block_inputs_on_the_host_take_no_room_for_the_depth():
@@ -152,7 +150,7 @@ def test_a_missing_wait_is_noticed(monkeypatch, wait):
     assert gradient_with_streams(monkeypatch, wait).isnan().any()
 
 
-@pytest.mark.parametrize("way", ["block", "none", "nested-host"])
+@pytest.mark.parametrize("way", ["block", "none", "nested"])
 def test_weights_that_changed_before_the_backward_pass(way):
     pipe, call = make("wan_euler")
     frames = rollout(pipe, checkpointing=WAYS[way], **call, generator=generators())
@@ -182,7 +180,8 @@ def test_wrong_settings(monkeypatch):
         ({"checkpoint": "blocks"}, "expected one of 'call', 'block', 'nested', 'none', or a number"),
         ({"checkpoint": 0}, "expected a whole number"),
         ({"inputs": "disk"}, "expected 'device' or 'host'"),
-        ({"inputs": "host"}, "use checkpoint='block' or 'nested'"),
+        ({"inputs": "host"}, "use checkpoint='block'"),
+        ({"checkpoint": "nested", "inputs": "host"}, "use checkpoint='block'"),
     ):
         with pytest.raises(UsageError, match=message):
             Checkpointing(**settings)

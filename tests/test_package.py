@@ -78,7 +78,7 @@ CORE = [
     *("objective", "objective.reading"),
     *("decoding", "decoding.reproducible_state", "decoding.offload", "sampling", "sampling.steps"),
     *("sampling.method_replacement", "sampling.randomness", "sampling.recomputation", "sampling.sampling_loop"),
-    *("sampling.denoisers", "sampling.checkpointing"),
+    *("sampling.denoisers", "sampling.checkpointing", "sampling.block_offload"),
     *("sampling.guidance_branches", "sampling.key_value_cache", "sampling.gradient_steps", "sampling.last_step"),
     *("sampling.outputs", "sampling.postprocessing", "sampling.call_shape"),
     *(f"objective.reward{part}" for part in (".frames", ".protocol", ".loading", ".checking", "")),

@@ -82,7 +82,7 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
         found.append(Lever(("decoding", "decoder backward"), rungs))
     # What is kept of the denoiser stays until it is its turn. (With its call again there is less of it than with its
     # blocks again, until then; but that is tried before.)
-    kept = [("none", "device"), ("call", "device"), ("block", "device"), ("block", "host"), ("nested", "host")]
+    kept = [("none", "device"), ("call", "device"), ("block", "device"), ("block", "host"), ("nested", "device")]
     rungs = [{"gradient.denoiser.checkpoint": again, "gradient.denoiser.inputs": place} for again, place in kept]
     found.append(Lever(PHASES[:-1], rungs))
     if config.gradient.decoder != "full":

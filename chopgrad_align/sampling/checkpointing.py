@@ -6,21 +6,21 @@ diffusers), which is replaced for the time of a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..common.arguments import whole_number
 from ..common.errors import UsageError
-from ..decoding.offload import Device, Host, Place
+from ..decoding.offload import Host
 from .recomputation import attending_by, guarded, recomputed
 
 _NAMED = ("call", "block", "nested", "none")
@@ -40,7 +40,8 @@ class Checkpointing:
             number n is `"block"` for one of n blocks, `"none"` for the others, (1 + 1/n)F + B. A denoiser whose own
             `enable_gradient_checkpointing()` was called checkpoints all blocks in any case, so that `"call"` is
             `"nested"` there.
-        inputs: Where block inputs wait: beside the model, or in host memory, from which they are fetched a block ahead.
+        inputs: Where block inputs wait, with `"block"` and n: beside the model, or in host memory, from which they are
+            fetched a block ahead.
     """
 
     checkpoint: Literal["call", "block", "nested", "none"] | int = "call"
@@ -54,20 +55,22 @@ class Checkpointing:
             raise UsageError(f"Checkpointing(checkpoint={self.checkpoint!r}): expected one of {expected}, or a number")
         if self.inputs not in ("device", "host"):
             raise UsageError(f"Checkpointing(inputs={self.inputs!r}): expected 'device' or 'host'")
-        if self.inputs == "host" and self.block_stride is None:
+        if self.inputs == "host" and self.checkpoint in ("call", "nested", "none"):
             raise UsageError(
-                f"Checkpointing(checkpoint={self.checkpoint!r}, inputs='host'): no block is checkpointed whose input "
-                "could wait there; use checkpoint='block' or 'nested'"
+                f"Checkpointing(checkpoint={self.checkpoint!r}, inputs='host'): no input of a block is kept that could "
+                "wait there; use checkpoint='block'"
             )
 
     @property
     def block_stride(self) -> int | None:
         """The number of blocks of which one is checkpointed; None if this policy checkpoints none."""
-        return {"call": None, "none": None, "block": 1, "nested": 1}.get(self.checkpoint, self.checkpoint)  # type: ignore[call-overload, no-any-return]
+        if isinstance(self.checkpoint, int):
+            return self.checkpoint
+        return 1 if self.checkpoint in ("block", "nested") else None
 
     def expect_blocks(self, denoiser: nn.Module) -> None:
         """Raise a UsageError if the policy checkpoints blocks, and the denoiser does not know which."""
-        if self.block_stride is not None and not _has_blocks(denoiser):
+        if self.block_stride is not None and not getattr(denoiser, "_supports_gradient_checkpointing", False):
             raise UsageError(
                 f"checkpoint={self.checkpoint!r}: {type(denoiser).__name__} has no gradient checkpointing of its "
                 "blocks; use 'call' or 'none'"
@@ -83,8 +86,6 @@ class Checkpointing:
     ) -> Any:
         """Return `forward(denoiser, *args, **kwargs)` with a graph that keeps what the policy says.
 
-        A module without blocks, such as a controlnet, runs again as a whole where the policy asks for blocks.
-
         Args:
             forward: Of the denoiser; runs again as it ran first, see `recomputed`.
             denoiser: Whose weights and mode are the same in the backward pass.
@@ -95,10 +96,10 @@ class Checkpointing:
         Raises:
             UsageError: In the backward pass: the module's weights or its mode have changed since.
         """
-        by_block = self.block_stride is not None and _has_blocks(denoiser)
-        if self.checkpoint == "none" or (by_block and self.checkpoint != "nested"):
-            return guarded(self.forward(forward, prepare)(denoiser, *args, **kwargs), denoiser)
-        return recomputed(self.forward(forward, prepare), denoiser, args, kwargs, prepare)
+        by_block = self.forward(forward, prepare)
+        if self.checkpoint in ("call", "nested"):
+            return recomputed(by_block, denoiser, args, kwargs, prepare)
+        return guarded(by_block(denoiser, *args, **kwargs), denoiser)
 
     def forward(self, forward: Callable[..., Any], prepare: Callable[[], None] = lambda: None) -> Callable[..., Any]:
         """The function with blocks checkpointed as the policy says."""
@@ -107,27 +108,30 @@ class Checkpointing:
             return forward
 
         def run(denoiser: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            device = next(denoiser.parameters()).device
-            blocks = _Blocks(denoiser, stride, Host(device) if self.inputs == "host" else Device(), prepare)
+            host = Host(next(denoiser.parameters()).device) if self.inputs == "host" else None
+            blocks = _Blocks(denoiser, stride, host, prepare)
             with blocks.checkpointed():
                 return forward(denoiser, *args, **kwargs)
 
         return run
 
 
-def _has_blocks(denoiser: nn.Module) -> bool:
-    return bool(getattr(denoiser, "_supports_gradient_checkpointing", False))
-
-
 class _Blocks:
-    """The blocks of one call of a denoiser, of which some keep their input alone, and run again."""
+    """The blocks of one call of a denoiser, of which some keep their input alone, and run again.
 
-    def __init__(self, denoiser: nn.Module, stride: int, place: Place, prepare: Callable[[], None]) -> None:
-        self._denoiser, self._stride, self._place, self._prepare = denoiser, stride, place, prepare
+    Args:
+        denoiser: That is called.
+        stride: The number of blocks of which one runs again.
+        host: Where the inputs of these wait; beside the model if there is none.
+        prepare: Is called before a block runs again.
+    """
+
+    def __init__(self, denoiser: nn.Module, stride: int, host: Host | None, prepare: Callable[[], None]) -> None:
+        self._denoiser, self._stride, self._host, self._prepare = denoiser, stride, host, prepare
         self._processors = getattr(denoiser, "attn_processors", {})
         self._count = 0
-        self._shared: list[ref[Tensor]] = []  # what the last block was given
-        self._before: Any = None  # its input, put away
+        self._given: list[ref[Tensor]] = []  # to the last block
+        self._before: Any = None  # the input of the block before that waits on the host
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
@@ -138,7 +142,8 @@ class _Blocks:
                 stack.enter_context(mock.patch.object(part, "gradient_checkpointing", True))
                 stack.enter_context(mock.patch.object(part, "_gradient_checkpointing_func", self.run, create=True))
             yield
-        self._place.synchronize()
+        if self._host is not None:
+            self._host.synchronize()
 
     def run(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return `block(*args, **kwargs)`, which runs again in the backward pass if it is its turn."""
@@ -146,35 +151,43 @@ class _Blocks:
         if self._count % self._stride:
             return block(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        # What all blocks are given, such as text and positions, stays where it is.
-        new = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not self._is_shared(leaf)]
-        self._shared = [ref(tensor) for tensor in tensors]
-        stored, before = self._place.offload([leaves[index] for index in new]), self._before
-        self._before = stored
-        kept = [None if index in new else leaf for index, leaf in enumerate(leaves)]
-        graded = [leaf.requires_grad if isinstance(leaf, Tensor) else None for leaf in leaves]
-        first, state = [leaves], (self._denoiser, self._processors, self._place, self._prepare)
-        del leaves, args, kwargs
+        fill_in = list if self._host is None else self._put_away(leaves, self._host)
+        runs, denoiser, processors, prepare = itertools.count(), self._denoiser, self._processors, self._prepare
+        del args, kwargs
 
-        def once_or_again(_: Tensor) -> Any:
-            if first:
-                given, named = tree_unflatten(first.pop(), structure)
+        def run(*values: Any) -> Any:
+            given, named = tree_unflatten(fill_in(values), structure)
+            if next(runs) == 0:
                 return block(*given, **named)
-            denoiser, processors, place, prepare = state
-            values = dict(zip(new, place.load(stored), strict=True))
-            place.prefetch(before)
-            found = [
-                leaf if grad is None else values.get(index, leaf).detach().requires_grad_(grad)
-                for index, (leaf, grad) in enumerate(zip(kept, graded, strict=True))
-            ]
-            given, named = tree_unflatten(found, structure)
             prepare()
             with attending_by(denoiser, processors):
                 return block(*given, **named)
 
-        # A tensor by position: checkpoint keeps the random state of those devices only that it finds there.
-        return checkpoint(once_or_again, torch.empty(0, device=tensors[0].device), use_reentrant=False)
+        return checkpoint(run, *leaves, use_reentrant=False)
 
-    def _is_shared(self, tensor: Tensor) -> bool:
-        return any(other() is tensor for other in self._shared)
+    def _put_away(self, leaves: list[Any], host: Host) -> Callable[[Sequence[Any]], list[Any]]:
+        """Move a block's input to the host, and leave empty tensors in its place; returns what fills it in again."""
+        # What all blocks are given, such as text and positions, stays where it is, but for the first block.
+        new = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not self._was_given(leaf)]
+        self._given = [ref(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+        first: list[Tensor] | None = [leaves[i] for i in new]
+        graded = [leaves[i].requires_grad for i in new]
+        before, self._before = self._before, host.offload(first)
+        stored = self._before
+        for i in new:
+            leaves[i] = leaves[i].new_empty(0)  # its device says whose random state is kept
+
+        def fill_in(values: Sequence[Any]) -> list[Any]:
+            nonlocal first
+            found, first = first, None
+            if found is None:
+                found = [tensor.requires_grad_(grad) for tensor, grad in zip(host.load(stored), graded, strict=True)]
+                host.prefetch(before)
+            by_place = dict(zip(new, found, strict=True))
+            return [by_place.get(i, value) for i, value in enumerate(values)]
+
+        return fill_in
+
+    def _was_given(self, tensor: Tensor) -> bool:
+        """True if the last block was given it too."""
+        return any(other() is tensor for other in self._given)

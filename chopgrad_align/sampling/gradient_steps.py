@@ -73,8 +73,7 @@ class GradientSteps:
         self._controlnet = pipe.components.get("controlnet")
         self._checkpointing = checkpointing
         for denoiser in denoisers_of(pipe).values():
-            if denoiser is not self._controlnet:
-                checkpointing.expect_blocks(denoiser)
+            checkpointing.expect_blocks(denoiser)
         self._wanted, self._began = torch.is_grad_enabled(), False
 
     @property

@@ -123,6 +123,9 @@ class Model:
     gradient_checkpointing: bool = False
     """Recompute every block of the denoiser too, not only each call of it: another default of
     gradient.denoiser.checkpoint, which has further choices."""
+    offload: Literal["blocks"] | None = None
+    """blocks: the frozen weights of the denoiser's blocks wait in host memory, and come to the device for their block's
+    turn. Needs gradient.denoiser.checkpoint=block, or nested."""
     encode_prompts_once: bool = True
     """Before training; the text encoders then leave the device. False: in every call of the pipeline."""
     fps: FramesPerSecond = 8.0
@@ -366,7 +369,7 @@ class DenoiserGraph:
     the block inputs of all calls are kept; nested, each call, and each block in it; none; or a number n, one of n
     blocks. Default: call, or nested with model.gradient_checkpointing. See sampling/checkpointing.py in the package."""
     inputs: Literal["device", "host"] = "device"
-    """Where the inputs of blocks wait; from host memory they are fetched a block ahead."""
+    """Where the inputs of blocks wait, with block or a number; from host memory they are fetched a block ahead."""
 
 
 @_strict
@@ -592,8 +595,17 @@ class Config:
         return self
 
     @model_validator(mode="after")
-    def _checkpointing(self) -> Config:
-        self.checkpointing()
+    def _memory(self) -> Config:
+        if self.model.offload and self.checkpointing().block_stride != 1:
+            raise ValueError(
+                f"model.offload={self.model.offload}: the backward pass would have all blocks on the device; "
+                "set gradient.denoiser.checkpoint=block"
+            )
+        if self.model.offload and self.parallel.shard > 1:
+            raise ValueError(
+                f"model.offload={self.model.offload} moves whole weights, which parallel.shard={self.parallel.shard} "
+                "shards: leave one of them out"
+            )
         return self
 
     def checkpointing(self) -> Checkpointing:
