@@ -99,9 +99,9 @@ def test_so_many_sets_are_there_at_a_time():
     vae = tiny_vaes.wan_vae()
     few, more = (host_peaks(vae, groups, None)[0] for groups in (6, 7))
     one = more - few
-    for sets in (1, 2, 4):
+    for sets in (1, 3):
         forward, backward = host_peaks(vae, 7, sets)
-        assert (sets - 0.5) * one <= forward < (sets + 0.5) * one, sets  # a block's twice, from group to group
+        assert (sets - 1) * one < forward < (sets + 0.5) * one, sets  # a block's twice, from group to group
         # Beside them cotangents of one set, and the inputs of a group's blocks.
         assert backward < (sets + 2.2) * one, sets
 

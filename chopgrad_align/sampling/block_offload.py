@@ -54,7 +54,7 @@ class _OffloadedBlocks:
             for *_, weight in weights:
                 self.nbytes += weight.nbytes
                 weight.data = weight.data.new_empty(0)
-            block.forward = self._fetching(number, block.forward)  # type: ignore[method-assign]
+            block.forward = self._fetching(number, block.forward)
 
     def _fetching(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -70,7 +70,7 @@ class _OffloadedBlocks:
         self._place.prefetch(*self._next(number))
         # In the place of the parameters, and not in their storage: a graph keeps what it was recorded with.
         for (module, name, _), value in zip(self._weights[number], values, strict=True):
-            module._parameters[name] = value
+            module._parameters[name] = value  # type: ignore[assignment] (a tensor does)
         del values
         try:
             yield

@@ -610,8 +610,8 @@ class Config:
 
     def checkpointing(self) -> Checkpointing:
         """What is kept of the denoiser's calls for the backward pass."""
-        default = "nested" if self.model.gradient_checkpointing else "call"
-        return Checkpointing(self.gradient.denoiser.checkpoint or default, self.gradient.denoiser.inputs)
+        asked, default = self.gradient.denoiser, "nested" if self.model.gradient_checkpointing else "call"
+        return Checkpointing(cast(Any, asked.checkpoint or default), asked.inputs)
 
     @model_validator(mode="after")
     def _watched(self) -> Config:
