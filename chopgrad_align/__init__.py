@@ -25,6 +25,7 @@ from .objective.reward import (
     load_reward,
 )
 from .objective.terms import Reference, Term
+from .sampling.checkpointing import Checkpointing
 from .sampling.rollout import rollout
 from .sampling.steps import LastSteps, LowVariance, RandomLast, RandomSteps, StepPlan, StepPolicy, Steps
 
@@ -52,6 +53,7 @@ _LATER = {
 __all__ = [
     "Backprop",
     "Bounds",
+    "Checkpointing",
     "Decoder",
     "Exact",
     "FrameLoss",

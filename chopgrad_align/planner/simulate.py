@@ -100,12 +100,12 @@ class PhasePeaks:
 
     Args:
         count: What they are read from.
-        weights: Bytes of the device to be added.
+        weights: Bytes to be added: of the device, and of the host.
         limit: After a phase that took more, `TooLarge` is raised; not after the last but one.
         backward: With what the backward pass begins.
     """
 
-    def __init__(self, count: StorageCount, weights: int, limit: float, backward: str = "reward backward") -> None:
+    def __init__(self, count: StorageCount, weights: Memory, limit: float, backward: str = "reward backward") -> None:
         self._count, self._weights, self._limit, self._backward = count, weights, limit, backward
         self._open: list[str] = []
         self.peaks: dict[str, Memory] = {}
@@ -136,7 +136,7 @@ class PhasePeaks:
         if self._open:
             name = self._open[-1]
             before = self.peaks.get(name, Memory(0, 0))
-            device, host = self._weights + count.peak, count.host_peak
+            device, host = self._weights.device + count.peak, self._weights.host + count.host_peak
             self.peaks[name] = Memory(max(before.device, device), max(before.host, host))
         count.peak, count.host_peak = count.now, count.host
 
@@ -259,7 +259,7 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
     resident = _sizes(models.pipe.components) | of_terms
     if loaded.batch.videos:
         resident["clips"] = sum(video.untyped_storage().nbytes() for video in loaded.batch.videos.values())
-    weights = sum(resident.values())
+    weights = Memory(sum(resident.values()), models.offloaded)
     train, backprop = config.train, config.gradient.policy()
     with StorageCount() as count:
         optimizer = make_optimizer(parameters, train)
@@ -276,7 +276,7 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
         straight = can_stream(models.objective, backprop) or not models.objective.reads_pixels
         peaks = PhasePeaks(count, weights, limit, "denoiser backward" if straight else "reward backward")
         if loaded.encoders:  # when the rest of the pipeline is not yet on the device
-            peaks.peaks["encoding prompts"] = Memory(loaded.encoders + sum(of_terms.values()), 0)
+            peaks.peaks["encoding prompts"] = Memory(loaded.encoders + sum(of_terms.values()), weights.host)
         method = make_method(
             config,
             models,
