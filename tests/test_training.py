@@ -53,7 +53,7 @@ def test_run_folder(finished):
         "config.yaml", "metrics.jsonl", "heldout.json", "samples", "checkpoints", "lora", "curves.png", "report.html",
     }  # fmt: skip
     assert load_config(run.config) == finished.config
-    assert run.config.read_text().startswith(f"# accelerate launch scripts/align.py --config {run.config}")
+    assert run.config.read_text().startswith(f"# chopgrad-align align --config {run.config}")
     assert run.checkpoints.steps() == [2, 3, 4]
     assert {path.name for path in run.checkpoints.path(4).iterdir()} == {
         "lora.safetensors", "optimizer.pt", "progress.json", "manifest.json",
