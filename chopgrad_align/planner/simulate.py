@@ -281,7 +281,7 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
             config,
             models,
             peaks,
-            call={**config.model.call, **_steps(config, pipe)},
+            call={**config.model.call, **_steps(config, models.pipe)},
             decode=_marking_the_backward_pass(peaks),
         )
         statistics = {name: Statistics(0.0, 1.0, 1.0) for name in models.objective.terms}
