@@ -94,12 +94,17 @@ def expect_same_inputs(config: Config, folder: RunFolder, allow_changed: bool) -
             f"--resume: {', '.join(named)} changed after the run was started; put back what was there, or go on with "
             "what is there now by --allow-changed"
         )
-    before, now = facts.get("processes"), int(os.environ.get("WORLD_SIZE", "1"))
-    if before not in (None, now) and draws_by_micro_batch(config):
+    now = int(os.environ.get("WORLD_SIZE", "1")), config.parallel.context
+    before = facts.get("processes", now[0]), facts.get("context", 1)
+    if before != now and draws_by_micro_batch(config):
         raise UsageError(
-            f"--resume: the run had {before} process(es), not {now}, and what is drawn with lora.dropout or "
+            f"--resume: the run had {_layout(*before)}, not {_layout(*now)}, and what is drawn with lora.dropout or "
             "prediction.mode=denoise depends on that; take as many, or go on otherwise by --allow-changed"
         )
+
+
+def _layout(processes: int, context: int) -> str:
+    return f"{processes} process(es)" + (f" with parallel.context={context}" if context > 1 else "")
 
 
 def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
