@@ -23,6 +23,7 @@ _FREE = (
     *("run.folder", "run.threads", "data.cache", "trackers", "parallel."),
     *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "guard."),
     *("model.gradient_checkpointing", "model.fps", "gradient.cache", "gradient.checkpoint", "gradient.rows"),
+    *("gradient.denoiser.", "model.offload"),
 )
 # Changes what comes, and is offered to a run that cannot go on as it is.
 _REMEDIES = ("train.learning_rate", "train.max_grad_norm")
@@ -94,17 +95,16 @@ def expect_same_inputs(config: Config, folder: RunFolder, allow_changed: bool) -
             f"--resume: {', '.join(named)} changed after the run was started; put back what was there, or go on with "
             "what is there now by --allow-changed"
         )
-    now = int(os.environ.get("WORLD_SIZE", "1")), config.parallel.context
-    before = facts.get("processes", now[0]), facts.get("context", 1)
+    before, now = facts.get("processes"), int(os.environ.get("WORLD_SIZE", "1"))
+    said = f"{before} process(es), not {now}"
+    if before in (None, now):
+        before, now = facts.get("context", 1), config.parallel.context
+        said = f"parallel.context={before}, not {now}"
     if before != now and draws_by_micro_batch(config):
         raise UsageError(
-            f"--resume: the run had {_layout(*before)}, not {_layout(*now)}, and what is drawn with lora.dropout or "
-            "prediction.mode=denoise depends on that; take as many, or go on otherwise by --allow-changed"
+            f"--resume: the run had {said}, and what is drawn with lora.dropout or prediction.mode=denoise depends on "
+            "that; take as many, or go on otherwise by --allow-changed"
         )
-
-
-def _layout(processes: int, context: int) -> str:
-    return f"{processes} process(es)" + (f" with parallel.context={context}" if context > 1 else "")
 
 
 def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
