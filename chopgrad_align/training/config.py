@@ -514,6 +514,10 @@ class Parallel:
     shard: Positive = 1
     """Processes that share one copy of the frozen denoisers, by FSDP2: each keeps a part of every block, and gathers
     the others when the block runs. The number of processes is a multiple of it."""
+    context: Positive = 1
+    """Processes that work on the tokens of one clip together, in the denoiser, each on an equal share: for clips that
+    are too large, or too slow, for one. The number of processes is a multiple of it, and batch and held-out pairs are
+    shared out among groups of so many. Goes with any `shard`; see docs/scale.md."""
     timeout: PositiveFloat = 1800.0
     """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
 
@@ -565,6 +569,11 @@ class Config:
                     )
             if self.lora.dora:
                 raise ValueError(f"lora.dora reads whole weights, which parallel.shard={self.parallel.shard} shards")
+        if self.parallel.context > 1 and self.trainable is not None:
+            raise ValueError(
+                f"trainable may have weights of which parallel.context={self.parallel.context} processes have no part "
+                "of the gradient, but the whole: leave one of them out"
+            )
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(
