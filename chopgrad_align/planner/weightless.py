@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..objective.objective import Objective
 
@@ -124,11 +124,12 @@ def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
 
 
 _EMBEDDINGS = 2**20  # elements
+_LARGE = 2**24
 
 
 class Simulation(FakeTensorMode):
     """Fake tensors; but what is made of real tensors alone, or of integers, stays real, as do `torch.linspace`, a
-    single random number, and zeros that are no more than a picture's embeddings.
+    single random number, and zeros that are no more than a picture's embeddings; nothing that is large does.
 
     So the tables of a scheduler, time steps, guidance scales, tokens, their masks and absent conditions have values,
     which pipelines, models and rewards branch on; whatever a fake tensor takes part in is fake.
@@ -144,12 +145,26 @@ class Simulation(FakeTensorMode):
             dtype = (kwargs or {}).get("dtype")
             counted = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
             zeros = func.overloadpacket is torch.ops.aten.zeros and math.prod(args[0]) <= _EMBEDDINGS
-            if given or number or counted or zeros or func.overloadpacket is torch.ops.aten.linspace:
+            made = number or counted or zeros or func.overloadpacket is torch.ops.aten.linspace
+            if made or (given and not self._makes_large(func, args, kwargs or {})):
                 with unset_fake_temporarily():
                     return func(*args, **(kwargs or {}))
         elif func is torch.ops.aten.index.Tensor:
             args = (args[0], _positions(args[1]), *args[2:])
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _makes_large(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """True if real tensors give one too large to be made, such as an attention's mask of all pairs of tokens."""
+        sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if math.prod(sizes) <= _LARGE or func._schema.is_mutable:
+            return False
+        with unset_fake_temporarily():
+            shapes, named = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            try:
+                made = func(*shapes, **named)
+            except (NotImplementedError, RuntimeError):  # it depends on values
+                return False
+        return sum(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)) > _LARGE
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
