@@ -150,10 +150,14 @@ def test_a_component_that_is_not_there_is_named(folder):
         (["model.quantize={vae: int8}"], "model.quantize.vae: pixels and their gradient"),
         (["model.quantize=nf4", "lora.dora=true"], "lora.dora reads whole weights, which model.quantize=nf4 packs"),
         (["model.quantize=nf4", "parallel.shard=2"], "parallel.shard=2 cuts weights that model.quantize=nf4 packs"),
+        (
+            ["model.quantize=nf4", "model.offload=blocks", "model.gradient_checkpointing=true"],
+            "model.offload=blocks moves weights that model.quantize=nf4 packs",
+        ),
         (["model.quantize=nf4", "model.loras.a.name=b/c"], "model.loras changes weights that model.quantize=nf4 packs"),
         (["model.quantize=nf4", "trainable.name=modules"], "trainable changes weights that model.quantize=nf4 packs"),
     ],
-    ids=["kind", "vae", "dora", "shard", "loras", "trainable"],
+    ids=["kind", "vae", "dora", "shard", "offload", "loras", "trainable"],
 )
 def test_what_cannot_be_quantised_is_refused(folder, tmp_path, overrides, message):
     with pytest.raises(UsageError, match=message):
