@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..objective.objective import Objective
+from ..training.quantization import KINDS, Quantization
+from .quantized import quantize_stand_ins
 
 
 @contextmanager
@@ -42,12 +44,18 @@ def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
             (open_clip, "create_model", functools.partial(_of_open_clip, mode, open_clip.create_model)),
             (WeightsEnum, "get_state_dict", _of_torchvision),
             (nn.Module, "_apply", _apply),
+            *((type(kind), "settings", _settings) for kind in KINDS.values()),
+            *((type(kind), "loadable", lambda kind: nullcontext()) for kind in KINDS.values()),
             (constants, "HF_HUB_CACHE", str(hub)),
             (constants, "HF_HUB_OFFLINE", True),
             (torch.hub, "get_dir", lambda: str(hub)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
+
+
+def _settings(kind: Quantization, library: Any, dtype: torch.dtype) -> dict[str, Any]:
+    return {"quantize": kind}
 
 
 def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) -> Any:
@@ -58,6 +66,9 @@ def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) 
     for name, parameter in model.named_parameters():  # as the loader does
         if any(part in name.split(".") for part in cls._keep_in_fp32_modules or ()):
             parameter.data = parameter.data.float()
+    if kind := settings.get("quantize"):
+        with mode:
+            quantize_stand_ins(model, kind, {*(cls._keep_in_fp32_modules or ())})
     return model.eval()
 
 
@@ -70,7 +81,17 @@ def _of_transformers(mode: FakeTensorMode, cls: Any, pretrained_model_name_or_pa
     with mode, no_init_weights():  # whose random numbers some models look at
         model = cls._from_config(config, dtype=dtype).eval()
         model.tie_weights()
+    if kind := settings.get("quantize"):
+        with mode:
+            quantize_stand_ins(model, kind, _kept_by_transformers(model, kind))
     return (model, {"missing_keys": set()}) if settings.get("output_loading_info") else model
+
+
+def _kept_by_transformers(model: Any, kind: Quantization) -> set[str]:
+    from transformers.quantizers.base import HfQuantizer
+
+    precise = model._keep_in_fp32_modules if kind.keeps_float32_layers else None
+    return {*HfQuantizer.get_modules_to_not_convert(model, None, precise)}
 
 
 def _of_open_clip(mode: FakeTensorMode, create_model: Callable[..., Any], name: str, *_: Any, **settings: Any) -> Any:

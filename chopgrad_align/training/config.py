@@ -36,6 +36,7 @@ from .config_values import (
     Pixels,
     Positive,
     PositiveFloat,
+    Quantized,
     Seed,
     Targets,
     TermName,
@@ -102,6 +103,9 @@ class Model:
     dtype: Dtype = "float32"
     """Precision of the frozen weights; the LoRA is always float32."""
     vae_dtype: Dtype = "float32"
+    quantize: Quantized | dict[Name, Quantized] = field(default_factory=dict)
+    """Store frozen weights in fewer bits, as they are loaded: nf4 (bitsandbytes), int8 or fp8 (torchao), of the
+    denoisers; or of each component by its name, such as {transformer: nf4, text_encoder: int8}. See docs/scale.md."""
     variant: Name | None = None
     """Variant of the weight files, such as fp16."""
     revision: Name | None = None
@@ -574,6 +578,19 @@ class Config:
                 f"trainable may have weights of which parallel.context={self.parallel.context} processes have no part "
                 "of the gradient, but the whole: leave one of them out"
             )
+        if self.model.quantize:
+            packed = f"model.quantize={self.model.quantize} packs"
+            if "vae" in self.model.quantize:
+                raise ValueError("model.quantize.vae: pixels and their gradient are the decoder's own: leave it out")
+            for key, asked in (("trainable", self.trainable), ("model.loras", self.model.loras)):
+                if asked:
+                    raise ValueError(f"{key} changes weights that {packed}: leave one of the two out")
+            if self.lora.dora:
+                raise ValueError(f"lora.dora reads whole weights, which {packed}: leave one of the two out")
+            if self.parallel.shard > 1:
+                raise ValueError(f"parallel.shard={self.parallel.shard} cuts weights that {packed}: choose one")
+            if self.model.offload:
+                raise ValueError(f"model.offload={self.model.offload} moves weights that {packed}: choose one")
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(
