@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .training.modules import load_modules
     from .training.run import train
 
+__version__ = "0.1.0"
+
 # What is above imports torch alone; these bring accelerate, peft and the like, and load when they are asked for.
 _LATER = {
     "Bounds": ".evaluation.witnesses",
@@ -80,6 +82,7 @@ __all__ = [
     "Verdict",
     "VideoLoss",
     "Witness",
+    "__version__",
     "add_lora",
     "check_reward",
     "decode",

@@ -392,7 +392,7 @@ def test_a_schedule_that_reads_the_number_of_steps_keeps_it(begun):
     [
         (
             {"ACCELERATE_USE_FSDP": "true"},
-            r"FSDP \(ACCELERATE_USE_FSDP=true\), which this trainer does not do: every pro",
+            r"FSDP \(ACCELERATE_USE_FSDP=true\), which this trainer does not do: set parallel.shard",
         ),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -34,7 +35,7 @@ from ..training.encoded_prompts import release_text_encoders, text_encoders
 from ..training.methods.protocol import MicroBatch
 from ..training.methods.streaming import can_stream
 from ..training.optimizers import make_optimizer
-from .stand_ins import embeddings, known_models, write_hub, write_pipeline
+from .stand_ins import embeddings, known_models, without_safety_checkers, write_hub, write_pipeline
 from .weightless import Simulation, make_weightless, simulated, weightless
 
 _SECTIONS = {"reward": "rewards", "loss": "losses"}
@@ -176,7 +177,8 @@ def simulate(config: Config, limit: float = math.inf) -> Figures:
             # Fused LoRAs change no shape; the stand-in is the whole pipeline already.
             own: dict[str, Any] = {"loras": {}} | ({} if name == config.model.name else _FOUND)
             config = replace(config, model=replace(config.model, name=name, **own))  # type: ignore[type-var]
-            loaded = load(config, mode)
+            with without_safety_checkers(Path(name)):
+                loaded = load(config, mode)
             make_weightless(mode, loaded.models.objective)
             with simulated(mode, loaded.models.pipe.scheduler), _refusals(loaded.models.pipe):
                 return one_step(config, loaded, limit)
@@ -279,7 +281,7 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
             config,
             models,
             peaks,
-            call={**config.model.call, **_steps(config)},
+            call={**config.model.call, **_steps(config, models.pipe)},
             decode=_marking_the_backward_pass(peaks),
         )
         statistics = {name: Statistics(0.0, 1.0, 1.0) for name in models.objective.terms}
@@ -334,11 +336,27 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     )
 
 
-def _steps(config: Config) -> dict[str, int]:
-    """Sampling steps to simulate: one more than carry gradient, if those are the last ones; otherwise all."""
-    if config.gradient.steps is None:
-        return {"num_inference_steps": (config.gradient.last_steps or 1) + 1}
-    return {}
+def _steps(config: Config, pipe: Any) -> dict[str, int]:
+    """Sampling steps to simulate: one more than carry gradient, if those are the last ones; otherwise all.
+
+    Where one denoiser makes the steps of high noise and another those of low noise, as many as it takes until the last
+    ones are those of the same denoisers as in the run.
+    """
+    if config.gradient.steps is not None:
+        return {}
+    last = config.gradient.last_steps or 1
+    boundary = getattr(pipe.config, "boundary_ratio", None)
+    if boundary is None:
+        return {"num_inference_steps": last + 1}
+    scheduler = copy.deepcopy(pipe.scheduler)
+
+    def of_low_noise(count: int) -> list[bool]:
+        scheduler.set_timesteps(count)
+        return (scheduler.timesteps[-last:] < boundary * scheduler.config.num_train_timesteps).tolist()
+
+    whole = config.model.call.get("num_inference_steps", _default(type(pipe).__call__, "num_inference_steps"))
+    fewer = (count for count in range(last + 1, whole) if of_low_noise(count) == of_low_noise(whole))
+    return {"num_inference_steps": next(fewer, whole)}
 
 
 def _shape(config: Config) -> dict[str, int]:
