@@ -74,7 +74,15 @@ def within(modules: set[str], *allowed: str) -> bool:
 # The mathematics, from the bottom up: torch, and what stands before it here. So it can be read, and used, without any
 # model library.
 CORE = [
-    *("common.errors", "common.arguments", "common.loading", "common.storage_count", "common.versions", "common"),
+    *(
+        "common.errors",
+        "common.arguments",
+        "common.loading",
+        "common.storage_count",
+        "common.stored_tensors",
+        "common.versions",
+        "common",
+    ),
     *("objective", "objective.reading"),
     *("decoding", "decoding.reproducible_state", "decoding.offload", "sampling", "sampling.steps"),
     *("sampling.method_replacement", "sampling.randomness", "sampling.recomputation", "sampling.sampling_loop"),
