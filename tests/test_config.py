@@ -238,6 +238,9 @@ def test_the_section_on_gradients_becomes_a_policy():
             r"model.gradient_checkpointing: expected a valid boolean, .*'perhaps'",
         ),
         (["model.call=3"], r"model.call: expected a valid dictionary, got 3$"),
+        (["model.offload=blocks"], r"model.offload=blocks: .*; set gradient.denoiser.checkpoint=block$"),
+        (["gradient.denoiser.inputs=host"], r"checkpoint='call', inputs='host'\): .*; use checkpoint='block'$"),
+        (["gradient.decoder=full", "gradient.cache_sets=3"], r"cache_sets has no effect with decoder=full"),
         (
             ["rewards.colour=colorfulness"],
             r"rewards.colour: expected a section with the keys name, weight, cap, target, normalize, args, got 'c",
