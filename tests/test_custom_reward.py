@@ -56,7 +56,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(extra, tmp_path, monkeypat
                 assert captured.out.splitlines()[1:4] == following.splitlines()[1:4]
             if following.startswith("error"):
                 assert following.split("(…)")[0] in captured.err
-    assert done == ["check_reward", "check_reward", "align", "score", "check_reward"]
+    assert done == ["check_reward", "check_reward", "align", "score", "check_reward", "check_reward"]
 
     run = tmp_path / "runs" / "warm"
     for row in rows(run):
