@@ -27,6 +27,7 @@ from .objective.reward import (
     load_reward,
 )
 from .objective.terms import Reference, Term
+from .sampling.checkpointing import Checkpointing
 from .sampling.rollout import rollout
 from .sampling.steps import LastSteps, LowVariance, RandomLast, RandomSteps, StepPlan, StepPolicy, Steps
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .training.lora import add_lora, load_lora
     from .training.modules import load_modules
     from .training.run import train
+
+__version__ = "0.1.0"
 
 # What is above imports torch alone; these bring accelerate, peft and the like, and load when they are asked for.
 _LATER = {
@@ -54,6 +57,7 @@ _LATER = {
 __all__ = [
     "Backprop",
     "Bounds",
+    "Checkpointing",
     "Decoder",
     "Exact",
     "FrameLoss",
@@ -82,6 +86,7 @@ __all__ = [
     "Verdict",
     "VideoLoss",
     "Witness",
+    "__version__",
     "add_lora",
     "check_reward",
     "decode",

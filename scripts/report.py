@@ -1,34 +1,6 @@
-"""Write the page of a run, `report.html`, again: also of a run that was cut off, or that still trains.
+"""Write the page of a run again: the command `chopgrad-align report`."""
 
-python scripts/report.py runs/fox
-python scripts/report.py runs/fox --watch          # again at each measurement, until Ctrl-C
-"""
-
-from contextlib import nullcontext, suppress
-from pathlib import Path
-
-from chopgrad_align.common import command_line as cli
-from chopgrad_align.common.errors import exit_on_usage_error
-
-
-def main() -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("run", type=cli.path, help="folder of the run")
-    parser.add_argument("--watch", action="store_true", help="write it again whenever the run has measured something")
-    args = parser.parse_args()
-    with exit_on_usage_error():
-        report(args.run, args.watch)
-
-
-def report(run: Path, watch: bool) -> None:
-    """Write the page once, or as long as the run goes on."""
-    from chopgrad_align.evaluation.report import write_report
-    from chopgrad_align.evaluation.watch import measurements
-
-    with suppress(KeyboardInterrupt) if watch else nullcontext():
-        for _ in measurements(run) if watch else range(1):
-            print(f"look at {write_report(run)}", flush=True)
-
+from chopgrad_align.commands.report import main
 
 if __name__ == "__main__":
     main()

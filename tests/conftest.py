@@ -12,6 +12,11 @@ import torch
 from torch import nn
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the longest test, beside which the other process does the rest."""
+    items.sort(key=lambda item: item.name != "test_the_main_job")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random numbers for a test, whether it runs alone, in another order, or again."""

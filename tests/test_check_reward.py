@@ -199,10 +199,9 @@ BROKEN = {
     "threshold": (lambda v, p: mean(0.1 * v + (v > 0.4).to(v)), r"gradient that is not that of its score"),
     "small_jumps": (lambda v, p: mean(v + 0.02 * (10 * v).round()), r"gradient that is not that of its score"),
     "one_jump": (lambda v, p: mean(v + 0.3 * v.round()), r"gradient that is not that of its score"),
-    "straight_through": (lambda v, p: mean(v**2 + ((8 * v).round() / 8 - v).detach()), r"not that of its score"),
+    "half_gradient": (lambda v, p: mean(v) * mean(v).detach(), r"gradient that is not that of its score"),
     "future": (Future(), r"whatever else is in the batch|not a function of its arguments"),
     "own_numbers": (Noisy(), r"not a function of its arguments"),
-    "half": (lambda v, p: mean(v.half() * 1e4) / 1e4, r"is not finite|not that of its score|gradient that is"),
     "next_prompt": (lambda v, p: mean(v) * len(p[-1]), r"score sample b against prompts\[b\]"),
     "loss": (lambda v, p: [mean(v)], r"returned a list"),
 }

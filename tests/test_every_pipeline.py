@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import sys
+from pathlib import Path
 
 import diffusers
 import every_pipeline
@@ -56,6 +57,8 @@ def flex_attention_on_a_cpu(monkeypatch):
 def test_every_class_is_listed():
     listed = {name.partition("/")[0] for name in ENTRIES} | every_pipeline.NOT_SAMPLERS.keys()
     assert every_pipeline.video_classes().keys() == listed
+    table = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    assert not [name for name in listed if f"`{name}`" not in table]
 
 
 def denoisers(pipe) -> list[torch.nn.Module]:

@@ -161,7 +161,7 @@ def test_a_lora_counts_as_much_as_asked(generate, model, run, lora, written, tmp
         (["--run", "RUN", "--lora", "lora"], "--lora: --run has a model and a LoRA of its own"),
         (["--run", "none"], "--run: there is no none/config.yaml; give the folder of a run that has ended"),
         (["--run", "begun"], "--run: there is no begun/lora; give the folder of a run that has ended"),
-        (["--run", "clips"], "--run: clips makes videos from clips, not from prompts; see scripts/evaluate.py"),
+        (["--run", "clips"], "--run: clips makes videos from clips, not from prompts; see chopgrad-align evaluate"),
         (["--run", "RUN", "--dtype", "float16"], "model.dtype: gradients of activations fall below"),
         (["--run", "RUN", "--frames", "6"], "would round num_frames=6"),
     ],

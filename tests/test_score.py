@@ -173,9 +173,9 @@ def test_frames_that_are_not_read_take_no_memory(folder):
         (["--csv", "blank.csv"], "blank.csv, line 2 has no prompt: give --prompt"),
         (["--video", "videos", "--prompt", "", "--out", "no/s.csv"], "--out: there is no folder no"),
         (["--video", "videos", "--prompt", "", "frame=3"], "'frame'; did you mean 'frames'?"),
-        (["--video", "latin"], "cannot read the prompt in latin/a.txt: "),
-        (["--csv", "latin/a.csv"], "the prompt file latin/a.csv is not UTF-8; save it in that encoding"),
-        (["--csv", "open.csv"], "open.csv, line 1: not CSV (unexpected end of data); close quotes"),
+        (["--video", "latin"], "latin/a.txt: not UTF-8; save it in that encoding"),
+        (["--csv", "latin/a.csv"], "latin/a.csv: not UTF-8; save it in that encoding"),
+        (["--csv", "open.csv"], "open.csv, line 2: not CSV (unexpected end of data); close quotes"),
         (["--csv", "huge.csv"], "huge.csv, line 2 has no prompt: give --prompt"),
     ],
 )

@@ -44,7 +44,7 @@ class Case:
 
 CASES = {
     # The scheduler is called twice a step, and the safety checker leaves no pixels to differentiate.
-    "cosmos": Case("CosmosTextToWorldPipeline", LastSteps(1), {2, 3}, output_type="latent"),
+    "cosmos": Case("CosmosTextToWorldPipeline", LastSteps(2), {2, 3, 4, 5}, output_type="latent"),
     # Each latent frame has a copy of the scheduler; asynchronously, the second begins one iteration after the first.
     "copies": Case("SkyReelsV2DiffusionForcingPipeline", LastSteps(1), {2, 3}),
     "wave": Case("SkyReelsV2DiffusionForcingPipeline", LastSteps(2), {2, 3, 4, 5}, {"ar_step": 1}),

@@ -53,7 +53,7 @@ def test_run_folder(finished):
         "config.yaml", "metrics.jsonl", "heldout.json", "samples", "checkpoints", "lora", "curves.png", "report.html",
     }  # fmt: skip
     assert load_config(run.config) == finished.config
-    assert run.config.read_text().startswith(f"# accelerate launch scripts/align.py --config {run.config}")
+    assert run.config.read_text().startswith(f"# chopgrad-align align --config {run.config}")
     assert run.checkpoints.steps() == [2, 3, 4]
     assert {path.name for path in run.checkpoints.path(4).iterdir()} == {
         "lora.safetensors", "optimizer.pt", "progress.json", "manifest.json",
@@ -345,7 +345,10 @@ def test_dry_run_writes_nothing(configure, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train={tmp}/none.txt"], r"cannot read the prompt file .*none.txt: No such file or directory"),
+        (
+            ["data.train={tmp}/none.txt"],
+            r"data.train: cannot read .*none.txt: No such file or directory; check the path",
+        ),
         (["data.held_out={tmp}/empty.txt"], r"the prompt file .*empty.txt is empty; write at least one prompt"),
         (["data.train={tmp}/images.csv", "train.micro_batch=2"], r"one image a call: set train.micro_batch=1"),
         (["model.name={tmp}/none"], r"model.name: there is no folder .*none; give one, or a hub id such as owner/name"),

@@ -1,4 +1,4 @@
-"""Shared parts of the scripts' command lines."""
+"""Shared parts of command lines."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ from .errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help shows the script's docstring as it is, and whose errors are one line, with status 2."""
+    """A parser whose help shows a module's docstring as it is, and whose errors are one line, with status 2.
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    Args:
+        description: The docstring.
+        command: Of `chopgrad-align`, for the usage line; default: the name of the script that runs.
+    """
+
+    def __init__(self, description: str | None, command: str | None = None) -> None:
+        super().__init__(
+            prog=f"chopgrad-align {command}" if command else None,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit."""

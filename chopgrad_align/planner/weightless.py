@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,15 @@ def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
     return self
 
 
-class Simulation(FakeTensorMode):
-    """Fake tensors; but what is made of real tensors alone, or of integers, stays real, as do `torch.linspace` and a
-    single random number.
+_EMBEDDINGS = 2**20  # elements
 
-    So the tables of a scheduler, time steps, guidance scales, tokens and their masks have values, which pipelines and
-    rewards branch on; whatever a fake tensor takes part in is fake.
+
+class Simulation(FakeTensorMode):
+    """Fake tensors; but what is made of real tensors alone, or of integers, stays real, as do `torch.linspace`, a
+    single random number, and zeros that are no more than a picture's embeddings.
+
+    So the tables of a scheduler, time steps, guidance scales, tokens, their masks and absent conditions have values,
+    which pipelines, models and rewards branch on; whatever a fake tensor takes part in is fake.
     """
 
     def __init__(self) -> None:
@@ -139,10 +143,25 @@ class Simulation(FakeTensorMode):
             number = func.overloadpacket is torch.ops.aten.rand and list(args[0]) == []
             dtype = (kwargs or {}).get("dtype")
             counted = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
-            if given or number or counted or func.overloadpacket is torch.ops.aten.linspace:
+            zeros = func.overloadpacket is torch.ops.aten.zeros and math.prod(args[0]) <= _EMBEDDINGS
+            if given or number or counted or zeros or func.overloadpacket is torch.ops.aten.linspace:
                 with unset_fake_temporarily():
                     return func(*args, **(kwargs or {}))
+        elif func is torch.ops.aten.index.Tensor:
+            args = (args[0], _positions(args[1]), *args[2:])
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Indices in which real masks are the positions that they select, whose number a fake mask would not tell."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is None or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+            found.append(index)
+        else:
+            with unset_fake_temporarily():
+                found += index.nonzero().unbind(1)
+    return found
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
 from ..evaluation.witnesses import BUILT_IN, Bounds
 from ..objective.reward import Reduction, reduction
 from ..sampling import predictions as prediction
+from ..sampling.checkpointing import Checkpointing
 from ..sampling.initial_noise import Noise
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
@@ -121,7 +122,11 @@ class Model:
     """Noise that the sampler starts from: offset, with args.scale, or a class of your own that is a `Noise`, see
     chopgrad_align/sampling/initial_noise.py. Default: the pipeline's standard normal noise."""
     gradient_checkpointing: bool = False
-    """Recompute every block of the denoiser too, not only each call of it."""
+    """Recompute every block of the denoiser too, not only each call of it: another default of
+    gradient.denoiser.checkpoint, which has further choices."""
+    offload: Literal["blocks"] | None = None
+    """blocks: the frozen weights of the denoiser's blocks wait in host memory, and come to the device for their block's
+    turn. Needs gradient.denoiser.checkpoint=block, or nested."""
     encode_prompts_once: bool = True
     """Before training; the text encoders then leave the device. False: in every call of the pipeline."""
     fps: FramesPerSecond = 8.0
@@ -361,9 +366,19 @@ _STEP_POLICIES = {
 }
 
 
-_BLOCKS = ("cache", "rows", "saturated")
+_BLOCKS = ("cache", "cache_sets", "rows", "saturated")
 # What each policy reads of the section; one of the user's own has its args.
 _DECODER_KEYS = {"exact": _BLOCKS, "truncated": ("distance", *_BLOCKS), "full": ("saturated",)}
+
+
+@_strict
+class DenoiserGraph:
+    checkpoint: Positive | Literal["call", "block", "nested", "none"] | None = None
+    """What runs again in the backward pass: call, each call of the denoiser; block, each block, faster than nested, but
+    the block inputs of all calls are kept; nested, each call, and each block in it; none; or a number n, one of n
+    blocks. Default: call, or nested with model.gradient_checkpointing. See sampling/checkpointing.py in the package."""
+    inputs: Literal["device", "host"] = "device"
+    """Where the inputs of blocks wait, with block or a number; from host memory they are fetched a block ahead."""
 
 
 @_strict
@@ -380,19 +395,24 @@ class Gradient:
     distance: NonNegative = 0
     """Truncation distance D, in frame groups."""
     cache: Literal["device", "host", "recompute"] = "device"
+    cache_sets: Positive | None = None
+    """The most sets of caches between frame groups that are there at a time; the others are made again, by an optimal
+    schedule. Default: all."""
     checkpoint: bool = True
     """Recompute blocks inside a frame group."""
     rows: Positive | None = None
     """With checkpoint: rows of a block's output that have a graph at a time; fewer take less memory."""
     saturated: Literal["zero", "pass"] = "zero"
     """Gradient of pixels clamped to [-1, 1]."""
+    denoiser: DenoiserGraph = field(default_factory=DenoiserGraph)
+    """The denoiser's activations: what is kept of them, and where."""
 
     @model_validator(mode="after")
     def _names(self) -> Gradient:
         if self.steps is not None and self.last_steps is not None:
             raise ValueError("give steps or its short form last_steps, not both")
         reads = _DECODER_KEYS.get(self.decoder, ("args",))
-        _expect_effect(self, {"args", "distance", "cache", "rows", "saturated"} - {*reads}, "decoder")
+        _expect_effect(self, {"args", "distance", "cache", "cache_sets", "rows", "saturated"} - {*reads}, "decoder")
         self.step_policy(), self.policy()
         return self
 
@@ -406,7 +426,8 @@ class Gradient:
 
     def policy(self) -> Backprop:
         """The way through the decoder."""
-        options: dict[str, Any] = {key: getattr(self, key) for key in ("cache", "checkpoint", "rows", "saturated")}
+        keys = ("cache", "cache_sets", "checkpoint", "rows", "saturated")
+        options: dict[str, Any] = {key: getattr(self, key) for key in keys}
         match self.decoder:
             case "exact":
                 return Exact(**options)
@@ -581,6 +602,25 @@ class Config:
                     f"losses.{name}.name={loss.name}: a loss of {of} needs prediction.mode={' or '.join(modes)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _memory(self) -> Config:
+        if self.model.offload and self.checkpointing().block_stride != 1:
+            raise ValueError(
+                f"model.offload={self.model.offload}: the backward pass would have all blocks on the device; "
+                "set gradient.denoiser.checkpoint=block"
+            )
+        if self.model.offload and self.parallel.shard > 1:
+            raise ValueError(
+                f"model.offload={self.model.offload} moves whole weights, which parallel.shard={self.parallel.shard} "
+                "shards: leave one of them out"
+            )
+        return self
+
+    def checkpointing(self) -> Checkpointing:
+        """What is kept of the denoiser's calls for the backward pass."""
+        asked, default = self.gradient.denoiser, "nested" if self.model.gradient_checkpointing else "call"
+        return Checkpointing(cast(Any, asked.checkpoint or default), asked.inputs)
 
     @model_validator(mode="after")
     def _watched(self) -> Config:

@@ -38,6 +38,9 @@ def _configs_path(path: str) -> str:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a config file (default: the embedded one) and apply overrides.
 
+    A config of the package is also found by its name, such as `sr_x4`, `sr_x4.yaml` or `configs/sr_x4.yaml`, where no
+    file has that path.
+
     `key.sub=value` sets a key, `~key.sub` leaves it out.
 
     A file that begins with `extends: base.yaml`, or with a list of files, holds what it has beside them or otherwise:
@@ -53,10 +56,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """
     OmegaConf.register_resolver("package", _package_path, replace=True)
     OmegaConf.register_resolver("configs", _configs_path, replace=True)
-    path = str(files("chopgrad_configs") / "embedded.yaml") if path is None else usable_path(str(path))
-    if not Path(path).is_file():
-        known = ", ".join(sorted(p.name for p in Path(str(files("chopgrad_configs"))).glob("*.yaml")))
-        raise UsageError(f"no config file {path}; in configs/ there are {known}")
+    path = _configs_path("embedded.yaml") if path is None else _config_file(usable_path(str(path)))
     with _readable(f"config {path}"):
         tree = _tree(Path(path))
     for override in overrides:
@@ -74,6 +74,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     config = check_config(resolved, path)
     vars(config)[_INTERPOLATIONS] = dict(_interpolations(raw))
     return config
+
+
+def _config_file(path: str) -> str:
+    """The path of a config, given that or the name of one of the package's."""
+    shipped = {name: str(p) for p in Path(_configs_path("")).glob("*.yaml") for name in (p.stem, p.name)}
+    if Path(path).is_file():
+        return path
+    if (name := path.removeprefix("configs/")) in shipped:
+        return shipped[name]
+    known = ", ".join(sorted(name for name in shipped if name.endswith(".yaml")))
+    raise UsageError(f"no config file {path}; in configs/ there are {known}")
 
 
 def check_config(values: Any, where: str) -> Config:
@@ -196,7 +207,7 @@ def _known_keys(location: Sequence[str]) -> list[str]:
 
 def header(config: Config) -> str:
     """The first line of a run's own config: the command that runs it again elsewhere."""
-    return f"# accelerate launch scripts/align.py --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
+    return f"# chopgrad-align align --config {Path(config.run.folder) / 'config.yaml'} run.folder=NEW\n"
 
 
 def to_yaml(config: Config) -> str:

@@ -23,6 +23,7 @@ _FREE = (
     *("run.folder", "run.threads", "data.cache", "trackers", "parallel."),
     *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "guard."),
     *("model.gradient_checkpointing", "model.fps", "gradient.cache", "gradient.checkpoint", "gradient.rows"),
+    *("gradient.denoiser.", "model.offload"),
 )
 # Changes what comes, and is offered to a run that cannot go on as it is.
 _REMEDIES = ("train.learning_rate", "train.max_grad_norm")

@@ -23,7 +23,7 @@ _CALL = {
 }
 _PROMPT = {"prompt": parts.TEXT}
 _IMAGE = {**_PROMPT, "image": parts.image()}
-_VIDEO = {**_PROMPT, "video": parts.clip(9)}
+_VIDEO = {**_PROMPT, "video": parts.clip(5)}  # the frames that a longer one begins with
 _TARGETS = ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _TRANSFORMER = {
     "out_channels": 4,

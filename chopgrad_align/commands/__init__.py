@@ -1,0 +1,1 @@
+"""Commands of `chopgrad-align`, one a module: each parses its arguments and calls the package."""
