@@ -89,7 +89,10 @@ CORE = [
     *("sampling.denoisers", "sampling.checkpointing", "sampling.block_offload"),
     *("sampling.guidance_branches", "sampling.key_value_cache", "sampling.gradient_steps", "sampling.last_step"),
     *("sampling.outputs", "sampling.postprocessing", "sampling.call_shape"),
-    *(f"objective.reward{part}" for part in (".frames", ".protocol", ".loading", ".checking", "")),
+    *(
+        f"objective.reward{part}"
+        for part in (".frames", ".reduction", ".samples", ".protocol", ".loading", ".checking", "")
+    ),
     *(f"objective.losses{part}" for part in (".protocol", ".loading", "")),
     *("decoding.decoders.base", "decoding.decoders", "decoding.clamp"),
     *("decoding.onednn", "decoding.memory_efficient_layers", "decoding.graph"),

@@ -14,6 +14,7 @@ from ..common.errors import UsageError
 from ..common.loading import construct, construct_known, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
 from ..evaluation.witnesses import BUILT_IN, Bounds
+from ..objective.reward import Reduction, reduction
 from ..sampling import predictions as prediction
 from ..sampling.checkpointing import Checkpointing
 from ..sampling.initial_noise import Noise
@@ -242,6 +243,9 @@ class Reward:
     """The score should come close to it: it counts as minus the distance."""
     normalize: bool = False
     """Divide by the running standard deviation of the scores."""
+    reduce: str | dict[str, float] | None = None
+    """How the scores of frames, where it has some, become that of a video: mean (the default), min, worst (the mean of
+    the worst quarter), {worst: 0.1}, or {softmin: 0.05}, a smooth minimum with its temperature in the reward's unit."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class. Those that score single frames take `frames`: a number of evenly spaced ones, all, first,
     last, first+last, {random: 4} or {stride: 4}."""
@@ -250,7 +254,12 @@ class Reward:
     def _cap_or_target(self) -> Reward:
         if self.cap is not None and self.target is not None:
             raise ValueError("give a cap or a target, not both")
+        self.reduction()
         return self
+
+    def reduction(self) -> Reduction | None:
+        """How scores of frames become one; None leaves it to the mean."""
+        return None if self.reduce is None else reduction(self.reduce)
 
 
 @_strict

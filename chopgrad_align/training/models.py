@@ -17,6 +17,7 @@ from ..objective.losses import load_loss
 from ..objective.objective import Objective
 from ..objective.reward import load_reward
 from ..objective.reward.loading import to_device
+from ..objective.reward.protocol import at_fps
 from ..objective.terms import BaseDistanceTerm, LatentTerm, LossTerm, RewardTerm, Term
 from ..sampling.predictions.latents import known_family
 from ..sampling.predictions.probability_paths import path_of
@@ -207,8 +208,11 @@ def load_objective(
     losses: Mapping[str, Loss] | None = None,
     own: Mapping[str, OwnTerm] | None = None,
     reference: float = 0.0,
+    fps: float | None = None,
 ) -> Objective:
-    """The terms that a config names, with their networks on the device; `reference` weighs the distance to the base.
+    """The terms that a config names, with their networks on the device.
+
+    `reference` weighs the distance to the base; rewards that depend on the frames a second of videos are told `fps`.
 
     Raises:
         UsageError: One that cannot be loaded, or is none.
@@ -217,7 +221,8 @@ def load_objective(
     for key, reward in rewards.items():
         with located(f"rewards.{key}"):
             loaded = to_device(load_reward(reward.name, **reward.args), device)
-        terms[key] = RewardTerm(loaded, reward.weight, reward.cap, reward.target, reward.normalize)
+            loaded = loaded if fps is None else at_fps(loaded, fps)
+        terms[key] = RewardTerm(loaded, reward.weight, reward.cap, reward.target, reward.normalize, reward.reduction())
     for key, loss in (losses or {}).items():
         if loss.name in _LATENT:
             if loss.args:
