@@ -18,13 +18,16 @@ from .objective.reward import (
     FrameReward,
     Frames,
     FrameSampler,
+    Reduction,
     Reward,
     SampledReward,
+    Samples,
     check_reward,
     frame_sampler,
     load_reward,
 )
 from .objective.terms import Reference, Term
+from .sampling.checkpointing import Checkpointing
 from .sampling.rollout import rollout
 from .sampling.steps import LastSteps, LowVariance, RandomLast, RandomSteps, StepPlan, StepPolicy, Steps
 
@@ -54,6 +57,7 @@ _LATER = {
 __all__ = [
     "Backprop",
     "Bounds",
+    "Checkpointing",
     "Decoder",
     "Exact",
     "FrameLoss",
@@ -68,9 +72,11 @@ __all__ = [
     "LowVariance",
     "RandomLast",
     "RandomSteps",
+    "Reduction",
     "Reference",
     "Reward",
     "SampledReward",
+    "Samples",
     "StepPlan",
     "StepPolicy",
     "Steps",

@@ -54,7 +54,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(extra, tmp_path, monkeypat
                 assert captured.out.splitlines()[1:4] == following.splitlines()[1:4]
             if following.startswith("error"):
                 assert following.split("(…)")[0] in captured.err
-    assert done == ["check-reward", "check-reward", "align", "score", "check-reward"]
+    assert done == ["check-reward", "check-reward", "align", "score", "check-reward", "check-reward"]
 
     run = tmp_path / "runs" / "warm"
     for row in rows(run):

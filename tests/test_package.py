@@ -74,18 +74,29 @@ def within(modules: set[str], *allowed: str) -> bool:
 # The mathematics, from the bottom up: torch, and what stands before it here. So it can be read, and used, without any
 # model library.
 CORE = [
-    *("common.errors", "common.arguments", "common.loading", "common.storage_count", "common.versions", "common"),
+    *(
+        "common.errors",
+        "common.arguments",
+        "common.loading",
+        "common.storage_count",
+        "common.stored_tensors",
+        "common.versions",
+        "common",
+    ),
     *("objective", "objective.reading"),
-    *("decoding", "decoding.reproducible_state", "sampling", "sampling.steps"),
+    *("decoding", "decoding.reproducible_state", "decoding.offload", "sampling", "sampling.steps"),
     *("sampling.method_replacement", "sampling.randomness", "sampling.recomputation", "sampling.sampling_loop"),
-    "sampling.denoisers",
+    *("sampling.denoisers", "sampling.checkpointing", "sampling.block_offload"),
     *("sampling.guidance_branches", "sampling.key_value_cache", "sampling.gradient_steps", "sampling.last_step"),
     *("sampling.outputs", "sampling.postprocessing", "sampling.call_shape"),
-    *(f"objective.reward{part}" for part in (".frames", ".protocol", ".loading", ".checking", "")),
+    *(
+        f"objective.reward{part}"
+        for part in (".frames", ".reduction", ".samples", ".protocol", ".loading", ".checking", "")
+    ),
     *(f"objective.losses{part}" for part in (".protocol", ".loading", "")),
     *("decoding.decoders.base", "decoding.decoders", "decoding.clamp"),
-    *("decoding.onednn", "decoding.memory_efficient_layers", "decoding.offload", "decoding.graph"),
-    *("decoding.recurrence", "decoding.groupwise", "decoding.backprop", "decoding.decode"),
+    *("decoding.onednn", "decoding.memory_efficient_layers", "decoding.graph"),
+    *("decoding.binomial", "decoding.recurrence", "decoding.groupwise", "decoding.backprop", "decoding.decode"),
     "sampling.call_checks",
 ]
 

@@ -71,8 +71,9 @@ def learned_rewards(folder):
     ("model", "overrides"),
     [
         ("wan_t2v", ["gradient.cache=host", "model.gradient_checkpointing=true", "gradient.last_steps=2"]),
-        ("wan_t2v", ["gradient.checkpoint=false", "train.micro_batch=2", "model.dtype=bfloat16"]),
-        ("cogvideox", ["gradient.cache=recompute"]),
+        ("wan_t2v", ["gradient.checkpoint=false", "train.micro_batch=2", "gradient.denoiser.checkpoint=none"]),
+        ("wan_t2v", ["gradient.denoiser={checkpoint: block, inputs: host}", "model.offload=blocks"]),
+        ("cogvideox", ["gradient.cache=recompute", "gradient.denoiser.checkpoint=2"]),
         ("animatediff", []),
         pytest.param("wan_i2v", ["gradient.cache=host"], marks=pytest.mark.slow),
         pytest.param("svd", ["~model.call.guidance_scale"], marks=pytest.mark.slow),
@@ -289,6 +290,8 @@ def test_more_frames_never_need_less(folder):
     ("phase", "dear", "cheap"),
     [
         ("denoiser backward", [], ["model.gradient_checkpointing=true"]),
+        ("sampling", ["gradient.denoiser.checkpoint=none"], ["gradient.denoiser.checkpoint=block"]),
+        ("decoding", ["gradient.denoiser.checkpoint=block"], ["gradient.denoiser={checkpoint: block, inputs: host}"]),
         ("decoder backward", ["gradient.checkpoint=false"], []),
         ("decoder backward", [], ["gradient.cache=host"]),
         ("decoder backward", ["gradient.cache=host"], ["gradient.cache=host", "gradient.rows=8"]),
@@ -466,7 +469,7 @@ def test_every_config_of_pixel_losses_of_a_published_model(name):
 
 def pretended(config, limit):
     """Figures by a formula that knows the levers."""
-    gradient, batch = config.gradient, config.train.micro_batch
+    gradient, graph, batch = config.gradient, config.gradient.denoiser, config.train.micro_batch
     decoder = {"device": 40, "host": 10}[gradient.cache] if gradient.checkpoint is False else 20
     if gradient.checkpoint and gradient.cache == "host":
         decoder = 6 if gradient.rows is None else 2 + gradient.rows / 64
@@ -477,7 +480,7 @@ def pretended(config, limit):
         "reward": 1,
         "reward backward": chunk,
         "decoder backward": decoder * batch,
-        "denoiser backward": (4 if config.model.gradient_checkpointing else 12) * batch,
+        "denoiser backward": (13 if graph.checkpoint == "none" else 12 if graph.checkpoint == "call" else 4) * batch,
         "optimizer": 1,
     }
     memory = {}
@@ -491,13 +494,13 @@ def pretended(config, limit):
 @pytest.mark.parametrize(
     ("gib", "chosen"),
     [
-        (80, {"cache": "device", "checkpoint": False, "rows": None, "chunk": None, "denoiser": False, "batch": 2}),
-        (24, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": False, "batch": 2}),
-        (20, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": True, "batch": 2}),
-        (13, {"cache": "host", "checkpoint": True, "rows": None, "chunk": None, "denoiser": True, "batch": 2}),
-        (8, {"cache": "host", "checkpoint": True, "rows": 128, "chunk": None, "denoiser": True, "batch": 2}),
-        (7, {"cache": "host", "checkpoint": True, "rows": None, "chunk": 4, "denoiser": True, "batch": 1}),
-        (4, {"cache": "host", "checkpoint": True, "rows": 128, "chunk": 4, "denoiser": True, "batch": 1}),
+        (80, {"cache": "device", "checkpoint": False, "rows": None, "chunk": None, "denoiser": "none", "batch": 2}),
+        (24, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": "call", "batch": 2}),
+        (20, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": "block", "batch": 2}),
+        (13, {"cache": "host", "checkpoint": True, "rows": None, "chunk": None, "denoiser": "block", "batch": 2}),
+        (8, {"cache": "host", "checkpoint": True, "rows": 128, "chunk": None, "denoiser": "block", "batch": 2}),
+        (7, {"cache": "host", "checkpoint": True, "rows": None, "chunk": 4, "denoiser": "block", "batch": 1}),
+        (4, {"cache": "host", "checkpoint": True, "rows": 128, "chunk": 4, "denoiser": "block", "batch": 1}),
     ],
 )
 def test_the_fastest_setting_that_fits(folder, gib, chosen):
@@ -511,7 +514,7 @@ def test_the_fastest_setting_that_fits(folder, gib, chosen):
     assert setting["gradient.checkpoint"] == chosen["checkpoint"]
     assert setting["gradient.rows"] == chosen["rows"]
     assert setting.get("rewards.colour.args.frames_per_chunk") == chosen["chunk"]
-    assert setting["model.gradient_checkpointing"] == chosen["denoiser"]
+    assert setting["gradient.denoiser.checkpoint"] == chosen["denoiser"]
     assert setting["train.micro_batch"] == chosen["batch"]
 
 
@@ -570,8 +573,9 @@ def test_the_command_plans_for_a_config_in_json_and_in_words(folder, capsys, mai
     assert result["limit"] == int(22.5 * GIB)
     assert result["fits"]
     assert result["chosen"]["setting"]["gradient.cache"] == "device"
-    assert result["config"]["model"] == {"dtype": "bfloat16", "vae_dtype": "bfloat16", "gradient_checkpointing": False}
-    assert result["chosen"]["device"] == counted(run(folder, "cogvideox", *half, "gradient.checkpoint=false")).peak
+    assert result["config"]["model"] == {"dtype": "bfloat16", "vae_dtype": "bfloat16"}
+    fastest = ["gradient.checkpoint=false", "gradient.denoiser.checkpoint=none"]
+    assert result["chosen"]["device"] == counted(run(folder, "cogvideox", *half, *fastest)).peak
     with pytest.raises(SystemExit) as stopped:
         main([*command[:2], "--gpu", "1.5001GiB"])
     assert stopped.value.code == 1
@@ -597,7 +601,8 @@ def test_the_command_plans_for_a_folder(folder, capsys, main):
     pasted = yaml.safe_load(words.rpartition("that does:")[2])
     assert pasted["model"]["call"] == {"height": 16, "width": 16, "num_frames": 9}
     assert pasted["lora"] == {"rank": 2}
-    assert pasted["gradient"] == {"checkpoint": False, "rows": None, "cache": "device"}
+    kept = {"checkpoint": "none", "inputs": "device"}
+    assert pasted["gradient"] == {"checkpoint": False, "rows": None, "cache": "device", "denoiser": kept}
 
 
 @pytest.mark.parametrize(

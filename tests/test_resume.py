@@ -169,7 +169,7 @@ def test_resume_of_another_run(straight, changed, message):
 
 def test_resume_with_less_memory(again, straight, tmp_path):
     train(again("train.steps=1"))
-    less = ["gradient.cache=host", "gradient.rows=4", "model.gradient_checkpointing=true"]
+    less = ["gradient.cache=host", "gradient.rows=4", "gradient.denoiser.checkpoint=block"]
     train(again("model.fps=4", f"data.cache={tmp_path}/kept", *less), resume=True)
     for row, expected in zip(rows(tmp_path / "run"), rows(straight.run.path), strict=True):
         assert row == pytest.approx(expected, rel=1e-4)

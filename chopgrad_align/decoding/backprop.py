@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..common.arguments import whole_number
 from ..common.errors import UsageError
+from .binomial import states_of_first_run
 from .clamp import plain_clamp, straight_through_clamp
 from .decoders.base import Clamp
 from .groupwise import groupwise
@@ -84,6 +86,9 @@ class Groupwise(Backprop):
         cache: Where the caches between groups wait for the backward pass. `"device"` keeps them beside the model;
             `"host"` moves them to host memory, so that device memory is constant in the number of frames;
             `"recompute"` keeps every sqrt(G)-th set and makes the others again (one more F).
+        cache_sets: With one of the other two, the most sets of caches that are there at a time; the others are made
+            again, in the fewest forward passes of groups that there can be (`chopgrad_align.decoding.binomial`): with 4
+            sets of 20, one more F. One set of cotangents of caches comes beside them. None keeps all.
         checkpoint: Run the blocks of a group again one after the other, so that one block's activations are alive at a
             time, instead of the group's; one more F. With `cache="host"` also its caches, their cotangents and its
             input come to the device for its turn only.
@@ -95,6 +100,7 @@ class Groupwise(Backprop):
     """
 
     cache: CachePlace = "device"
+    cache_sets: int | None = None
     checkpoint: bool = True
     memory_efficient_layers: bool = True
     rows: int | None = None
@@ -104,6 +110,13 @@ class Groupwise(Backprop):
         name = type(self).__name__
         if self.cache not in ("device", "host", "recompute"):
             raise UsageError(f"{name}(cache={self.cache!r}): expected 'device', 'host' or 'recompute'")
+        if self.cache_sets is not None:
+            whole_number(f"{name}: cache_sets", self.cache_sets)
+            if self.cache == "recompute":
+                raise UsageError(
+                    f"{name}(cache_sets={self.cache_sets}, cache='recompute'): two ways to keep less; use cache='host' "
+                    "or 'device'"
+                )
         if self.rows is not None:
             whole_number(f"{name}: rows", self.rows)
             if not self.checkpoint:
@@ -130,9 +143,11 @@ class Groupwise(Backprop):
         """A place for the caches, and for the inputs and cotangents of blocks; one for each decoding."""
         return Host(device) if self.cache == "host" else Device()
 
-    def cache_stride(self, groups: int) -> int:
-        """The stride of the groups before which caches are kept, of so many groups; the others are made again."""
-        return math.ceil(math.sqrt(groups)) if self.cache == "recompute" else 1
+    def kept_caches(self, groups: int) -> Iterable[int]:
+        """The groups, of so many, before which caches are kept in the forward pass; 0 is one. Others are made again."""
+        if self.cache == "recompute":
+            return range(0, groups, math.ceil(math.sqrt(groups)))
+        return states_of_first_run(groups, self.cache_sets)
 
     @property
     def one_pass(self) -> bool:

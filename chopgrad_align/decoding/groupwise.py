@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..common.errors import UsageError
 from ..common.versions import versions
+from .binomial import first_state
 from .decoders.base import Cache, Group, Hidden, SpatiallyLocalBlock, stateless
 from .graph import Cotangents, Graph, RowGraphs, plus
 from .memory_efficient_layers import MemoryEfficientLayers
@@ -69,13 +70,12 @@ class GroupwiseGradient:
 
     def value(self, latents: Tensor, kept: dict[int, Caches]) -> Tensor:
         """The value; fills `kept` with the caches before those groups from which the backward pass will start."""
-        count = len(self.recurrence.groups)
-        stride = count if self.independent else self.policy.cache_stride(count)
+        wanted = {0} if self.independent else {*self.policy.kept_caches(len(self.recurrence.groups))}
 
         def before(index: int, caches: Caches) -> None:
             self.states.append(ReproducibleState(latents.device))
-            if index % stride == 0:
-                kept[index] = caches
+            if index in wanted:
+                kept[index] = [*caches]
 
         return self.recurrence.value(latents, self.place, before)
 
@@ -139,18 +139,28 @@ class GroupwiseGradient:
         return [(own, []), *((None, after) for after in pending)]
 
     def _backwards(self, latents: Tensor, kept: dict[int, Caches]) -> Iterator[tuple[int, Caches]]:
-        """The groups from the last to the first, each with the caches before it."""
-        stop = len(self.recurrence.groups)
+        """The groups from the last to the first, each with the caches before it, which the caller lets go."""
+        limit, stop = self.policy.cache_sets, len(self.recurrence.groups)
         for start in sorted(kept, reverse=True):
-            segment = [kept.pop(start)]
-            for index in range(start, stop - 1):
-                segment.append(self._advanced(index, latents, segment[-1]))
-            while segment:
-                yield start + len(segment) - 1, segment.pop()
+            free = None if limit is None else limit - sum(index > 0 for index in kept)  # before group 0 there are none
+            yield from self._segment_backwards(latents, start, stop, kept.pop(start), free)
             stop = start
 
+    def _segment_backwards(
+        self, latents: Tensor, start: int, stop: int, caches: Caches, free: int | None
+    ) -> Iterator[tuple[int, Caches]]:
+        """The groups `start` to `stop - 1` backwards, from the caches before the first, with room for `free` sets."""
+        while stop - start > 1:
+            middle = start + first_state(stop - start, free)
+            ahead = [*caches]
+            for index in range(start, middle):
+                ahead = self._advanced(index, latents, ahead)
+            yield from self._segment_backwards(latents, middle, stop, ahead, free and free - 1)
+            stop = middle
+        yield start, caches
+
     def _advanced(self, index: int, latents: Tensor, caches: Caches) -> Caches:
-        """The caches after a group, which runs again for them alone."""
+        """The caches after a group, which runs again for them alone; empties the list of those before it."""
         with self.states[index].restore(), torch.no_grad():
             of_group = self.recurrence.latents_of(latents, self.recurrence.groups[index])
             return self.recurrence.step(index, of_group, caches, self.place)[1]
@@ -175,6 +185,7 @@ class GroupRun:
     graph, from the last to the first. The last one has its graph from the start, so that it need not run twice.
 
     Args:
+        caches: Those before the group. The list is emptied, so that each is let go when its block has been run last.
         factor: For the cotangents of the caches before the group, before they are carried on; 0 does not make them.
         first_run: The group has not run before: what it draws is drawn from the random state as it is.
 
@@ -214,7 +225,7 @@ class GroupRun:
         (self.result,) = head.output
 
     def vjp(self, pairs: Sequence[CotangentPair], total: GradientSum) -> list[CacheCotangents]:
-        """Add the gradient of latents and weights to `total`, for each pair of cotangents.
+        """Add the gradient of latents and weights to `total`, for each pair of cotangents, whose lists are emptied.
 
         Returns:
             For each pair the cotangents of the caches before the group, times the factor; `[]` if that is 0.
@@ -222,7 +233,7 @@ class GroupRun:
         cotangents = self._vjp_of_head([own for own, _ in pairs], total)
         before: list[CacheCotangents] = [[] for _ in pairs]
         for number in reversed(range(len(self._blocks))):
-            after = [pair_after[number] if pair_after else None for _, pair_after in pairs]
+            after = [pair_after.pop() if pair_after else None for _, pair_after in pairs]
             cotangents, of_caches = self._vjp_of_block(number, cotangents, after, total)
             if self._factor:
                 for carried, stored in zip(before, of_caches, strict=True):
@@ -241,6 +252,7 @@ class GroupRun:
         if number == len(self._blocks) - 1 and self._in_rows(number, hidden) is None:
             self._last = self._graph(number, hidden, cache, None)
             hidden, cache = self._last.output, self._last.after
+            self._caches.pop()  # in the graph
         else:
             self._given.append(self._place.offload(hidden))
             with torch.no_grad(), self._gradient.efficient_layers():
@@ -277,8 +289,8 @@ class GroupRun:
         return of_hidden, of_caches
 
     def _run_again(self, number: int) -> Graph | RowGraphs:
-        hidden, cache = self._place.load(self._given.pop()), self._place.load(self._caches[number])
-        next_ones = [*self._given[-1:], *self._caches[max(0, number - 1) : number]]
+        hidden, cache = self._place.load(self._given.pop()), self._place.load(self._caches.pop())
+        next_ones = [*self._given[-1:], *self._caches[-1:]]
         prefetch = partial(self._swap_offloaded, next_ones)
         if (in_rows := self._in_rows(number, hidden)) is not None:
             recording = partial(self._gradient.recording, self._states[number])
@@ -351,7 +363,8 @@ class _Replayed(torch.autograd.Function):
         latents = latents.detach().requires_grad_(ctx.needs_input_grad[1])
         total = GradientSum(latents, gradient.weights)
         # The caches are let go group by group, unless this graph is to be used again.
-        kept = dict(ctx.kept) if torch._C._autograd._get_current_graph_task_keep_graph() else ctx.kept
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        kept = {index: [*caches] for index, caches in ctx.kept.items()} if again else ctx.kept
         gradient.add_to(total, latents, kept, gradient.recurrence.cotangents(of_value))
         return None, total.latents, *total.weights
 

@@ -54,7 +54,8 @@ class Recurrence:
 
         Args:
             place: For the caches between groups.
-            before: Called before each group with its number and the caches that it is given.
+            before: Called before each group with its number and the caches that it is given, in a list that the group
+                empties.
         """
         results: list[Tensor] = []
         caches: Caches = []
@@ -62,7 +63,8 @@ class Recurrence:
             before(index, caches)
             if not shown and not self.decoder.recurrent:
                 continue
-            hidden, caches = self.step(index, self.latents_of(latents, group), caches, place)
+            is_last = index == len(self.groups) - 1
+            hidden, caches = self.step(index, self.latents_of(latents, group), caches, place, keep=not is_last)
             if shown:
                 results.append(self.result(group, hidden[0]))
             del hidden  # the last output is large
@@ -75,17 +77,27 @@ class Recurrence:
         latents: Tensor,
         caches: Caches,
         place: Place = Device(),  # noqa: B008 (without state)
+        keep: bool = True,
     ) -> tuple[Hidden, Caches]:
-        """Call the decoder once: the output of group number `index`, and the caches after it."""
+        """Call the decoder once: the output of group number `index`, and the caches after it.
+
+        Args:
+            index: Of the group.
+            latents: Of the group.
+            caches: Those before it. The list is emptied, so that each is let go when its block has run.
+            place: Where caches are.
+            keep: False for a group after which none are needed.
+        """
         blocks = self.blocks(index)
         caches = caches or [None] * len(blocks)
         hidden: Hidden = (latents,)
         after: Caches = []
-        for number, block in enumerate(blocks):
-            cache = place.load(caches[number])
-            place.prefetch(*caches[number + 1 : number + 2])
+        for block in blocks:
+            cache = place.load(caches.pop(0))
+            place.prefetch(*caches[:1])
             hidden, cache = block(hidden, cache)
-            after.append(place.offload(cache))
+            if keep:
+                after.append(place.offload(cache))
         return hidden, after
 
     def blocks(self, index: int) -> Sequence[Block]:

@@ -80,7 +80,13 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
         recompute = ((False, None), (True, None), (True, 128))
         rungs = [{"gradient.checkpoint": again, "gradient.rows": rows} for again, rows in recompute]
         found.append(Lever(("decoding", "decoder backward"), rungs))
-    found.append(Lever(("denoiser backward",), [{"model.gradient_checkpointing": again} for again in (False, True)]))
+    # What is kept of the denoiser stays until it is its turn. (With its call again there is less of it than with its
+    # blocks again, until then; but that is tried before.)
+    kept = [("none", "device"), ("call", "device"), ("block", "device"), ("block", "host"), ("nested", "device")]
+    graphs: list[Setting] = [
+        {"gradient.denoiser.checkpoint": again, "gradient.denoiser.inputs": place} for again, place in kept
+    ]
+    found.append(Lever(PHASES[:-1], graphs))
     if config.gradient.decoder != "full":
         alive = ("decoding", "reward", "reward backward", "decoder backward")
         found.append(Lever(alive, [{"gradient.cache": place} for place in ("device", "host")]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UsageError
 from ..common.storage_count import StorageCount
+from ..common.stored_tensors import stored_tensors
 from ..data.buckets import Bucket
 from ..decoding.backprop import Backprop
 from ..decoding.selected_frames import decode_selected_frames
@@ -34,7 +36,7 @@ from ..training.encoded_prompts import release_text_encoders, text_encoders
 from ..training.methods.protocol import MicroBatch
 from ..training.methods.streaming import can_stream
 from ..training.optimizers import make_optimizer
-from .stand_ins import embeddings, known_models, write_hub, write_pipeline
+from .stand_ins import embeddings, known_models, without_safety_checkers, write_hub, write_pipeline
 from .weightless import Simulation, make_weightless, simulated, weightless
 
 _SECTIONS = {"reward": "rewards", "loss": "losses"}
@@ -99,12 +101,12 @@ class PhasePeaks:
 
     Args:
         count: What they are read from.
-        weights: Bytes of the device to be added.
+        weights: Bytes to be added: of the device, and of the host.
         limit: After a phase that took more, `TooLarge` is raised; not after the last but one.
         backward: With what the backward pass begins.
     """
 
-    def __init__(self, count: StorageCount, weights: int, limit: float, backward: str = "reward backward") -> None:
+    def __init__(self, count: StorageCount, weights: Memory, limit: float, backward: str = "reward backward") -> None:
         self._count, self._weights, self._limit, self._backward = count, weights, limit, backward
         self._open: list[str] = []
         self.peaks: dict[str, Memory] = {}
@@ -135,7 +137,7 @@ class PhasePeaks:
         if self._open:
             name = self._open[-1]
             before = self.peaks.get(name, Memory(0, 0))
-            device, host = self._weights + count.peak, count.host_peak
+            device, host = self._weights.device + count.peak, self._weights.host + count.host_peak
             self.peaks[name] = Memory(max(before.device, device), max(before.host, host))
         count.peak, count.host_peak = count.now, count.host
 
@@ -176,7 +178,8 @@ def simulate(config: Config, limit: float = math.inf) -> Figures:
             # Fused LoRAs change no shape; the stand-in is the whole pipeline already.
             own: dict[str, Any] = {"loras": {}} | ({} if name == config.model.name else _FOUND)
             config = replace(config, model=replace(config.model, name=name, **own))  # type: ignore[type-var]
-            loaded = load(config, mode)
+            with without_safety_checkers(Path(name)):
+                loaded = load(config, mode)
             make_weightless(mode, loaded.models.objective)
             with simulated(mode, loaded.models.pipe.scheduler), _refusals(loaded.models.pipe):
                 return one_step(config, loaded, limit)
@@ -257,7 +260,7 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
     resident = _sizes(models.pipe.components) | of_terms
     if loaded.batch.videos:
         resident["clips"] = sum(video.untyped_storage().nbytes() for video in loaded.batch.videos.values())
-    weights = sum(resident.values())
+    weights = Memory(sum(resident.values()), models.offloaded)
     train, backprop = config.train, config.gradient.policy()
     with StorageCount() as count:
         optimizer = make_optimizer(parameters, train)
@@ -274,12 +277,12 @@ def one_step(config: Config, loaded: Loaded, limit: float = math.inf) -> Figures
         straight = can_stream(models.objective, backprop) or not models.objective.reads_pixels
         peaks = PhasePeaks(count, weights, limit, "denoiser backward" if straight else "reward backward")
         if loaded.encoders:  # when the rest of the pipeline is not yet on the device
-            peaks.peaks["encoding prompts"] = Memory(loaded.encoders + sum(of_terms.values()), 0)
+            peaks.peaks["encoding prompts"] = Memory(loaded.encoders + sum(of_terms.values()), weights.host)
         method = make_method(
             config,
             models,
             peaks,
-            call={**config.model.call, **_steps(config)},
+            call={**config.model.call, **_steps(config, models.pipe)},
             decode=_marking_the_backward_pass(peaks),
         )
         statistics = {name: Statistics(0.0, 1.0, 1.0) for name in models.objective.terms}
@@ -304,7 +307,7 @@ def _sizes(parts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _bytes(module: nn.Module) -> int:
-    tensors = (*module.parameters(), *module.buffers())
+    tensors = [part for tensor in (*module.parameters(), *module.buffers()) for part in stored_tensors(tensor)]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -334,11 +337,27 @@ def micro_batch(config: Config, pipe: Any, objective: Objective) -> MicroBatch:
     )
 
 
-def _steps(config: Config) -> dict[str, int]:
-    """Sampling steps to simulate: one more than carry gradient, if those are the last ones; otherwise all."""
-    if config.gradient.steps is None:
-        return {"num_inference_steps": (config.gradient.last_steps or 1) + 1}
-    return {}
+def _steps(config: Config, pipe: Any) -> dict[str, int]:
+    """Sampling steps to simulate: one more than carry gradient, if those are the last ones; otherwise all.
+
+    Where one denoiser makes the steps of high noise and another those of low noise, as many as it takes until the last
+    ones are those of the same denoisers as in the run.
+    """
+    if config.gradient.steps is not None:
+        return {}
+    last = config.gradient.last_steps or 1
+    boundary = getattr(pipe.config, "boundary_ratio", None)
+    if boundary is None:
+        return {"num_inference_steps": last + 1}
+    scheduler = copy.deepcopy(pipe.scheduler)
+
+    def of_low_noise(count: int) -> list[bool]:
+        scheduler.set_timesteps(count)
+        return (scheduler.timesteps[-last:] < boundary * scheduler.config.num_train_timesteps).tolist()
+
+    whole = config.model.call.get("num_inference_steps", _default(type(pipe).__call__, "num_inference_steps"))
+    fewer = (count for count in range(last + 1, whole) if of_low_noise(count) == of_low_noise(whole))
+    return {"num_inference_steps": next(fewer, whole)}
 
 
 def _shape(config: Config) -> dict[str, int]:

@@ -25,6 +25,12 @@ def denoisers_of(pipe: Any) -> dict[str, Any]:
     return found
 
 
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks of a denoiser: the entries of its module lists."""
+    lists = (part for part in denoiser.children() if isinstance(part, nn.ModuleList))
+    return [block for blocks in lists for block in blocks]
+
+
 def refuse_hooks(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
     """Raise a UsageError for hooks that move, cast or skip layers: the recomputation would trigger them once more."""
     weights = (weight for module in modules.values() for weight in module.parameters())

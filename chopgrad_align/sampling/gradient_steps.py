@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..common.errors import UsageError
+from .checkpointing import Checkpointing
+from .denoisers import denoisers_of
 from .guidance_branches import GuidanceBranches
 from .key_value_cache import KeyValueCache
 from .randomness import Generators, step_drawing_from
-from .recomputation import recomputed
 from .sampling_loop import SamplingLoop
 from .steps import StepPlan, StepPolicy, plan_of
 
@@ -45,6 +46,10 @@ class GradientSteps:
         seed: Of the plan.
         observe: Is told of the denoiser's calls that have a graph; not of a controlnet's.
         generator: Of the call; the scheduler draws from it.
+        checkpointing: What is kept of the calls that have a graph.
+
+    Raises:
+        UsageError: The policy checkpoints blocks, and a denoiser does not know which.
     """
 
     plan: StepPlan
@@ -57,6 +62,7 @@ class GradientSteps:
         seed: int,
         observe: Observe | None = None,
         generator: Generators = None,
+        checkpointing: Checkpointing = Checkpointing(),  # noqa: B008 (frozen)
     ) -> None:
         self.loop = SamplingLoop(pipe)
         self.branches = GuidanceBranches()
@@ -65,6 +71,9 @@ class GradientSteps:
         self._planned = -1  # the section that `plan` is of
         self._cache = KeyValueCache()
         self._controlnet = pipe.components.get("controlnet")
+        self._checkpointing = checkpointing
+        for denoiser in denoisers_of(pipe).values():
+            checkpointing.expect_blocks(denoiser)
         self._wanted, self._began = torch.is_grad_enabled(), False
 
     @property
@@ -134,12 +143,12 @@ class GradientSteps:
     def _differentiated(
         self, original: Callable[..., Any], denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
-        """A prediction that is made again in the backward pass."""
+        """A prediction with a graph."""
         # Some pipelines write into their latents after the call (Kandinsky 5), which is run again on what it was given.
         args, kwargs = _with(_LATENTS, Tensor.clone, denoiser, args, kwargs)
-        output = recomputed(original, denoiser, args, kwargs, self._cache.refill())
+        output = self._checkpointing.call(original, denoiser, args, kwargs, self._cache.refill())
         if self._observe is not None and denoiser is not self._controlnet:  # whose output ends in the denoiser's
-            self._observe(original, denoiser, args, kwargs, output)
+            self._observe(self._checkpointing.forward(original), denoiser, args, kwargs, output)
         return output
 
     def _constant(self, original: Callable[..., Any], denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

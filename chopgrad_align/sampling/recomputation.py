@@ -32,8 +32,20 @@ def recomputed(
     def run(*values: Any) -> Any:
         named = dict(zip(kwargs, values[len(args) :], strict=True))
         prepare()
-        with _attending_by(module, processors):
+        with attending_by(module, processors):
             return forward(module, *values[: len(args)], **named)
+
+    processors = getattr(module, "attn_processors", {})
+    # By position: checkpoint keeps the random state of those devices only that it finds among positional arguments.
+    return guarded(checkpoint(run, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True), module)
+
+
+def guarded(result: Any, module: nn.Module) -> Any:
+    """Return what a module returned; in the backward pass it must have the weights and the mode that it has now.
+
+    Raises:
+        UsageError: In the backward pass: it has not.
+    """
 
     def check(gradient: Tensor) -> None:
         if versions(module) != seen:
@@ -42,9 +54,7 @@ def recomputed(
                 "gradient would be wrong: call backward before the optimizer's step"
             )
 
-    seen, processors = versions(module), getattr(module, "attn_processors", {})
-    # By position: checkpoint keeps the random state of those devices only that it finds among positional arguments.
-    result = checkpoint(run, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
+    seen = versions(module)
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             # In a hook of its own: an error inside the recomputation leaves a graph that crashes Python as it exits.
@@ -53,7 +63,7 @@ def recomputed(
 
 
 @contextmanager
-def _attending_by(module: Any, processors: dict[str, Any]) -> Iterator[None]:
+def attending_by(module: Any, processors: dict[str, Any]) -> Iterator[None]:
     """Within the context a model has these attention processors; some pipelines change them for their call (PAG)."""
     now = getattr(module, "attn_processors", {})
     if all(now[name] is processor for name, processor in processors.items()):

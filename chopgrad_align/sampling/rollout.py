@@ -14,6 +14,7 @@ from ..common.errors import UsageError
 from ..decoding.backprop import Backprop, Exact
 from ..decoding.decode import decode
 from .call_checks import VIDEOS, check_call
+from .checkpointing import Checkpointing
 from .differentiable import Sampling, differentiable, performed
 from .gradient_steps import GradientSteps, Observe
 from .last_step import RecordedLastStep, RepeatedLastStep
@@ -30,6 +31,7 @@ def rollout(
     steps: StepPolicy = ...,
     backprop: Backprop = ...,
     *,
+    checkpointing: Checkpointing = ...,
     steps_seed: int = 0,
     audio: Literal[False] = False,
     **call_kwargs: Any,
@@ -42,6 +44,7 @@ def rollout(
     steps: StepPolicy = ...,
     backprop: Backprop = ...,
     *,
+    checkpointing: Checkpointing = ...,
     steps_seed: int = 0,
     audio: Literal[True],
     **call_kwargs: Any,
@@ -53,6 +56,7 @@ def rollout(
     steps: StepPolicy = LastSteps(1),  # noqa: B008 (frozen)
     backprop: Backprop = Exact(),  # noqa: B008 (frozen)
     *,
+    checkpointing: Checkpointing = Checkpointing(),  # noqa: B008 (frozen)
     steps_seed: int = 0,
     audio: bool = False,
     **call_kwargs: Any,
@@ -60,8 +64,8 @@ def rollout(
     """Return what `pipe(**call_kwargs, output_type="pt").frames` is, bit for bit, with a gradient.
 
     The gradient reaches the weights of the denoiser that require one (its LoRA), and those of the VAE's decoder. Text
-    and image encoders run without. Under `torch.no_grad` it is the plain call. One call of the denoiser keeps its
-    activations at a time; for one block's, also call `pipe.transformer.enable_gradient_checkpointing()`.
+    and image encoders run without. Under `torch.no_grad` it is the plain call. One call of the denoiser has its
+    activations at a time; `checkpointing` says otherwise.
 
     A stochastic scheduler draws from the call's `generator`, with one for each video from that video's, also where the
     pipeline itself would leave it to the global random state; so does the plain call in `seeded`.
@@ -70,6 +74,7 @@ def rollout(
         pipe: A diffusers pipeline that makes videos, with its modules on one device, not offloaded.
         steps: The denoising steps to backpropagate through.
         backprop: How to backpropagate through the decoder.
+        checkpointing: What is kept of the denoiser's calls until the backward pass.
         steps_seed: Decides what a random policy draws; give each training step its own.
         audio: Also return the sound, of a pipeline that makes some.
         call_kwargs: Arguments of the pipeline's own call, except `output_type` and `return_dict`.
@@ -88,7 +93,11 @@ def rollout(
     if audio:
         expect_sound(pipe, call_kwargs)
     with _several_videos_in_words(pipe, call_kwargs):
-        parts = [*rollout_parts(pipe, call_kwargs, steps, backprop, steps_seed=steps_seed, audio=audio)]
+        parts = [
+            *rollout_parts(
+                pipe, call_kwargs, steps, backprop, checkpointing=checkpointing, steps_seed=steps_seed, audio=audio
+            )
+        ]
     video = _joined([part.video for part in parts])
     return (video, _joined([part.audio for part in parts if part.audio is not None])) if audio else video
 
@@ -139,6 +148,7 @@ def rollout_parts(
     steps: StepPolicy,
     backprop: Backprop,
     *,
+    checkpointing: Checkpointing = Checkpointing(),  # noqa: B008 (frozen)
     decode: Callable[..., Tensor] = decode,
     output_type: str = "pt",
     steps_seed: int = 0,
@@ -156,6 +166,7 @@ def rollout_parts(
         call_kwargs: Arguments of the pipeline's call, checked already.
         steps: The denoising steps to backpropagate through.
         backprop: How to backpropagate through the decoder.
+        checkpointing: What is kept of the denoiser's calls until the backward pass.
         decode: Takes the place of `chopgrad_align.decode`.
         output_type: `"pt"`, or `"latent"` for latents that are not decoded.
         steps_seed: Decides what a random policy draws.
@@ -174,7 +185,7 @@ def rollout_parts(
 
     generator = call_kwargs.get("generator")
     before = states(generator)
-    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe, generator))
+    record = RecordedLastStep(GradientSteps(pipe, steps, steps_seed, observe, generator, checkpointing))
     video, sound = made(record)
     repeats = record.steps.plan.repeats
     yield RolloutPart(video, 1 / (repeats + 1), repeats, sound)
@@ -183,7 +194,8 @@ def rollout_parts(
         noise = _noise_like(record.clean, generator)
         after = states(generator)
         restore(generator, before)
-        repetition = RepeatedLastStep(GradientSteps(pipe, steps, steps_seed, observe, generator), record, noise)
+        again = GradientSteps(pipe, steps, steps_seed, observe, generator, checkpointing)
+        repetition = RepeatedLastStep(again, record, noise)
         video, sound = made(repetition)
         restore(generator, after)
         yield RolloutPart(video, 1 / (repeats + 1), rest, sound)

@@ -17,13 +17,15 @@ from ..common.errors import UsageError, located
 from ..common.loading import construct, construct_known
 from ..evaluation.witnesses import BUILT_IN, Bounds, Witness, load_witness
 from ..objective.objective import Objective
+from ..sampling.block_offload import offload_blocks
 from ..sampling.call_shape import as_taken
+from ..sampling.denoisers import denoisers_of
 from ..sampling.rollout import check_call
 from . import guard
 from .average import Average
 from .config import Config, Guard
 from .data import clip_encoder
-from .lora import TRAINED, freeze, lora_config, read_lora, with_what_fits
+from .lora import freeze, lora_config, read_lora, with_what_fits
 from .lora_files import lora_file, open_lora
 from .methods import DirectGradient
 from .models import check_prediction, load_objective, load_pipeline
@@ -40,11 +42,16 @@ _TRAINABLES = {"modules": "chopgrad_align.training.modules:Modules"}
 
 @dataclass(frozen=True)
 class Models:
-    """The networks of a run: the pipeline on the CPU with what is trained in it, and the objective on the device."""
+    """The networks of a run: the pipeline on the CPU with what is trained in it, and the objective on the device.
+
+    Attributes:
+        offloaded: Bytes of weights that stay in host memory.
+    """
 
     pipe: Any
     objective: Objective
     trainable: Trainable
+    offloaded: int = 0
 
 
 def load_models(
@@ -58,7 +65,7 @@ def load_models(
 
     Args:
         config: Of the run.
-        device: Where rewards and losses go.
+        device: Where rewards and losses go, and offloaded blocks run.
         calls: From the pipeline to the arguments of each kind of call that it will make.
         new_weights: Context in which the trained weights are made.
         mesh: Processes that share one copy of the frozen denoisers.
@@ -72,11 +79,22 @@ def load_models(
     pipe = load_pipeline(config.model, mesh)
     check_prediction(pipe, config)
     _check_calls(pipe, config, calls(pipe))
-    objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
+    weight, fps = config.reference.weight, video_fps(config)
+    objective = load_objective(config.rewards, device, config.losses, config.terms, weight, fps)
     torch.manual_seed(config.run.seed)  # the first weights
     with shapes_of_the_whole(pipe), nullcontext() if new_weights is None else new_weights:
         trainable = make_trainable(config, pipe)
-    return Models(pipe, objective, trainable)
+        denoisers = denoisers_of(pipe).values() if config.model.offload else ()
+        offloaded = sum(offload_blocks(denoiser, device) for denoiser in denoisers)
+    return Models(pipe, objective, trainable, offloaded)
+
+
+def video_fps(config: Config) -> float | None:
+    """Frames a second of all videos of a run; None if files of clips have each their own."""
+    clips = config.data.clips
+    if clips is None:
+        return config.model.fps
+    return None if clips.fps is None else clips.fps / clips.stride
 
 
 def make_trainable(config: Config, pipe: Any) -> Trainable:
@@ -94,13 +112,9 @@ def make_trainable(config: Config, pipe: Any) -> Trainable:
         if not isinstance(found, Trainable):
             raise UsageError(f"trainable.name: {named.name} made a {type(found).__name__}, which is no Trainable")
         made = found
-    if config.model.gradient_checkpointing:
-        for name in TRAINED:
-            if pipe.components.get(name) is not None:
-                denoiser = pipe.components[name]
-                if not getattr(denoiser, "_supports_gradient_checkpointing", False):
-                    raise UsageError(f"model.gradient_checkpointing: {type(denoiser).__name__} has none; leave it out")
-                denoiser.enable_gradient_checkpointing()
+    with located("gradient.denoiser"):
+        for denoiser in denoisers_of(pipe).values():
+            config.checkpointing().expect_blocks(denoiser)
     return made
 
 
@@ -147,6 +161,7 @@ def make_method(
         "objective": models.objective,
         "steps": config.gradient.step_policy(),
         "backprop": config.gradient.policy(),
+        "checkpointing": config.checkpointing(),
         "batch_size": config.train.batch_size,
         "phases": phases,
         "prediction": config.prediction.policy(clip_encoder(config), config.model.initial_noise()),
@@ -163,7 +178,7 @@ def make_witnesses(config: Config) -> dict[str, Witness]:
     """
     own = {name: witness for name, witness in config.witnesses.items() if witness is not None}
     return {
-        name: load_witness(name, own[name].name, own[name].args) if name in own else BUILT_IN[name]()
+        name: load_witness(name, own[name].name, own[name].args, video_fps(config)) if name in own else BUILT_IN[name]()
         for name in config.watched
     }
 

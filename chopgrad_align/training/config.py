@@ -14,7 +14,9 @@ from ..common.errors import UsageError
 from ..common.loading import construct, construct_known, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
 from ..evaluation.witnesses import BUILT_IN, Bounds
+from ..objective.reward import Reduction, reduction
 from ..sampling import predictions as prediction
+from ..sampling.checkpointing import Checkpointing
 from ..sampling.initial_noise import Noise
 from ..sampling.predictions.latents import Encoder
 from ..sampling.steps import LastSteps, StepPolicy, expect_step_policy
@@ -35,6 +37,7 @@ from .config_values import (
     Pixels,
     Positive,
     PositiveFloat,
+    Quantized,
     Seed,
     Targets,
     TermName,
@@ -101,6 +104,9 @@ class Model:
     dtype: Dtype = "float32"
     """Precision of the frozen weights; the LoRA is always float32."""
     vae_dtype: Dtype = "float32"
+    quantize: Quantized | dict[Name, Quantized] = field(default_factory=dict)
+    """Store frozen weights in fewer bits, as they are loaded: nf4 (bitsandbytes), int8 or fp8 (torchao), of the
+    denoisers; or of each component by its name, such as {transformer: nf4, text_encoder: int8}. See docs/scale.md."""
     variant: Name | None = None
     """Variant of the weight files, such as fp16."""
     revision: Name | None = None
@@ -120,7 +126,11 @@ class Model:
     """Noise that the sampler starts from: offset, with args.scale, or a class of your own that is a `Noise`, see
     chopgrad_align/sampling/initial_noise.py. Default: the pipeline's standard normal noise."""
     gradient_checkpointing: bool = False
-    """Recompute every block of the denoiser too, not only each call of it."""
+    """Recompute every block of the denoiser too, not only each call of it: another default of
+    gradient.denoiser.checkpoint, which has further choices."""
+    offload: Literal["blocks"] | None = None
+    """blocks: the frozen weights of the denoiser's blocks wait in host memory, and come to the device for their block's
+    turn. Needs gradient.denoiser.checkpoint=block, or nested."""
     encode_prompts_once: bool = True
     """Before training; the text encoders then leave the device. False: in every call of the pipeline."""
     fps: FramesPerSecond = 8.0
@@ -233,6 +243,9 @@ class Reward:
     """The score should come close to it: it counts as minus the distance."""
     normalize: bool = False
     """Divide by the running standard deviation of the scores."""
+    reduce: str | dict[str, float] | None = None
+    """How the scores of frames, where it has some, become that of a video: mean (the default), min, worst (the mean of
+    the worst quarter), {worst: 0.1}, or {softmin: 0.05}, a smooth minimum with its temperature in the reward's unit."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class. Those that score single frames take `frames`: a number of evenly spaced ones, all, first,
     last, first+last, {random: 4} or {stride: 4}."""
@@ -241,7 +254,12 @@ class Reward:
     def _cap_or_target(self) -> Reward:
         if self.cap is not None and self.target is not None:
             raise ValueError("give a cap or a target, not both")
+        self.reduction()
         return self
+
+    def reduction(self) -> Reduction | None:
+        """How scores of frames become one; None leaves it to the mean."""
+        return None if self.reduce is None else reduction(self.reduce)
 
 
 @_strict
@@ -352,9 +370,19 @@ _STEP_POLICIES = {
 }
 
 
-_BLOCKS = ("cache", "rows", "saturated")
+_BLOCKS = ("cache", "cache_sets", "rows", "saturated")
 # What each policy reads of the section; one of the user's own has its args.
 _DECODER_KEYS = {"exact": _BLOCKS, "truncated": ("distance", *_BLOCKS), "full": ("saturated",)}
+
+
+@_strict
+class DenoiserGraph:
+    checkpoint: Positive | Literal["call", "block", "nested", "none"] | None = None
+    """What runs again in the backward pass: call, each call of the denoiser; block, each block, faster than nested, but
+    the block inputs of all calls are kept; nested, each call, and each block in it; none; or a number n, one of n
+    blocks. Default: call, or nested with model.gradient_checkpointing. See sampling/checkpointing.py in the package."""
+    inputs: Literal["device", "host"] = "device"
+    """Where the inputs of blocks wait, with block or a number; from host memory they are fetched a block ahead."""
 
 
 @_strict
@@ -371,19 +399,24 @@ class Gradient:
     distance: NonNegative = 0
     """Truncation distance D, in frame groups."""
     cache: Literal["device", "host", "recompute"] = "device"
+    cache_sets: Positive | None = None
+    """The most sets of caches between frame groups that are there at a time; the others are made again, by an optimal
+    schedule. Default: all."""
     checkpoint: bool = True
     """Recompute blocks inside a frame group."""
     rows: Positive | None = None
     """With checkpoint: rows of a block's output that have a graph at a time; fewer take less memory."""
     saturated: Literal["zero", "pass"] = "zero"
     """Gradient of pixels clamped to [-1, 1]."""
+    denoiser: DenoiserGraph = field(default_factory=DenoiserGraph)
+    """The denoiser's activations: what is kept of them, and where."""
 
     @model_validator(mode="after")
     def _names(self) -> Gradient:
         if self.steps is not None and self.last_steps is not None:
             raise ValueError("give steps or its short form last_steps, not both")
         reads = _DECODER_KEYS.get(self.decoder, ("args",))
-        _expect_effect(self, {"args", "distance", "cache", "rows", "saturated"} - {*reads}, "decoder")
+        _expect_effect(self, {"args", "distance", "cache", "cache_sets", "rows", "saturated"} - {*reads}, "decoder")
         self.step_policy(), self.policy()
         return self
 
@@ -397,7 +430,8 @@ class Gradient:
 
     def policy(self) -> Backprop:
         """The way through the decoder."""
-        options: dict[str, Any] = {key: getattr(self, key) for key in ("cache", "checkpoint", "rows", "saturated")}
+        keys = ("cache", "cache_sets", "checkpoint", "rows", "saturated")
+        options: dict[str, Any] = {key: getattr(self, key) for key in keys}
         match self.decoder:
             case "exact":
                 return Exact(**options)
@@ -493,6 +527,10 @@ class Parallel:
     shard: Positive = 1
     """Processes that share one copy of the frozen denoisers, by FSDP2: each keeps a part of every block, and gathers
     the others when the block runs. The number of processes is a multiple of it."""
+    context: Positive = 1
+    """Processes that work on the tokens of one clip together, in the denoiser, each on an equal share: for clips that
+    are too large, or too slow, for one. The number of processes is a multiple of it, and batch and held-out pairs are
+    shared out among groups of so many. Goes with any `shard`; see docs/scale.md."""
     timeout: PositiveFloat = 1800.0
     """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
 
@@ -544,6 +582,24 @@ class Config:
                     )
             if self.lora.dora:
                 raise ValueError(f"lora.dora reads whole weights, which parallel.shard={self.parallel.shard} shards")
+        if self.parallel.context > 1 and self.trainable is not None:
+            raise ValueError(
+                f"trainable may have weights of which parallel.context={self.parallel.context} processes have no part "
+                "of the gradient, but the whole: leave one of them out"
+            )
+        if self.model.quantize:
+            packed = f"model.quantize={self.model.quantize} packs"
+            if "vae" in self.model.quantize:
+                raise ValueError("model.quantize.vae: pixels and their gradient are the decoder's own: leave it out")
+            for key, asked in (("trainable", self.trainable), ("model.loras", self.model.loras)):
+                if asked:
+                    raise ValueError(f"{key} changes weights that {packed}: leave one of the two out")
+            if self.lora.dora:
+                raise ValueError(f"lora.dora reads whole weights, which {packed}: leave one of the two out")
+            if self.parallel.shard > 1:
+                raise ValueError(f"parallel.shard={self.parallel.shard} cuts weights that {packed}: choose one")
+            if self.model.offload:
+                raise ValueError(f"model.offload={self.model.offload} moves weights that {packed}: choose one")
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(
@@ -572,6 +628,25 @@ class Config:
                     f"losses.{name}.name={loss.name}: a loss of {of} needs prediction.mode={' or '.join(modes)}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _memory(self) -> Config:
+        if self.model.offload and self.checkpointing().block_stride != 1:
+            raise ValueError(
+                f"model.offload={self.model.offload}: the backward pass would have all blocks on the device; "
+                "set gradient.denoiser.checkpoint=block"
+            )
+        if self.model.offload and self.parallel.shard > 1:
+            raise ValueError(
+                f"model.offload={self.model.offload} moves whole weights, which parallel.shard={self.parallel.shard} "
+                "shards: leave one of them out"
+            )
+        return self
+
+    def checkpointing(self) -> Checkpointing:
+        """What is kept of the denoiser's calls for the backward pass."""
+        asked, default = self.gradient.denoiser, "nested" if self.model.gradient_checkpointing else "call"
+        return Checkpointing(cast(Any, asked.checkpoint or default), asked.inputs)
 
     @model_validator(mode="after")
     def _watched(self) -> Config:

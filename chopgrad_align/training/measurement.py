@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from ..data.order import mix
 from ..data.video import write_video
-from ..evaluation.witnesses import Witness, on_device
+from ..evaluation.witnesses import Witness, observe, on_device, reads_sample
 from ..objective.objective import Objective
 from ..objective.terms import Reference
-from ..sampling.outputs import frames_of
+from ..sampling.outputs import frames_of, sound_of, sound_rate
 from ..sampling.predictions import Prediction
 from ..sampling.randomness import seeded
 from .batches import Batches
+from .known_samples import known_samples
 from .methods.protocol import MicroBatch
 
 
@@ -66,8 +67,9 @@ def evaluate(
     share: tuple[int, int] = (0, 1),
     videos: tuple[Path, int, float] | None = None,
     interrupted: Callable[[], int] = lambda: 0,
+    shown: bool = True,
 ) -> Scores:
-    """Score this process's share of the held-out pairs; random frames are those of the pair's seed.
+    """Score one share of the held-out pairs; random frames are those of the pair's seed.
 
     Every process makes equally many calls of the pipeline, since processes may share one model: where pairs do not go
     round, the last ones repeat pairs of others, and drop the scores.
@@ -76,22 +78,23 @@ def evaluate(
         witnesses: Observe the videos beside the objective.
         pairs: How many there are.
         batch: How many are predicted at a time.
-        share: This process's rank and the number of processes.
+        share: Which one, of how many.
         videos: Folder, number and frames per second of the mp4 files to write, of the first pairs of all; conditions
             and targets, if there are any, go into folders beside it, once.
         interrupted: Asked before each batch, and of one mind in all processes; the rest is left out if it is not 0.
+        shown: Whether there is a bar.
 
     Returns:
         The scores of the share.
     """
-    rank, world = share
-    count = math.ceil(pairs / world)
-    start = min(rank * count, pairs - count)
-    repeated, stop = min(rank * count - start, count), start + count
+    place, shares = share
+    count = math.ceil(pairs / shares)
+    start = min(place * count, pairs - count)
+    repeated, stop = min(place * count - start, count), start + count
     terms = list(objective.terms)
     scores = Scores([], {n: [] for n in terms}, {n: [] for n in terms}, {n: [] for n in witnesses})
     with (
-        tqdm(total=stop - start, desc="held-out", leave=False, disable=rank != 0) as bar,
+        tqdm(total=stop - start, desc="held-out", leave=False, disable=not shown) as bar,
         on_device(witnesses, pipe.device),
     ):
         for first in range(start, stop, batch):
@@ -99,13 +102,16 @@ def evaluate(
                 break
             places = range(first, min(first + batch, stop))
             chosen = batches.held_out(places)
-            video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents)
+            reads = objective.reads_sample or any(reads_sample(witness) for witness in witnesses.values())
+            sound = objective.reads_audio or any(witness.reads_audio for witness in witnesses.values())
+            video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents, reads, sound)
             scores.prompts.extend(chosen.prompts)
             for name, values in objective.scores(video, chosen.prompts, chosen.frame_seeds, reference).items():
                 scores.terms[name] += values.tolist()
                 scores.weights[name] += (chosen.weights or {}).get(name, [1.0] * len(values))
             for name, witness in witnesses.items():
-                scores.kept[name] += witness.observe(video, chosen.prompts, chosen.frame_seeds).cpu().unbind()
+                kept = observe(witness, video, chosen.prompts, chosen.frame_seeds, reference.sample)
+                scores.kept[name] += kept.cpu().unbind()
             if videos is not None:
                 with pictures("a sample video"):
                     _write_videos(*videos, places, video, chosen, repeated=start + repeated)
@@ -135,11 +141,31 @@ def pictures(what: str) -> Iterator[None]:
 
 
 def predict(
-    pipe: Any, call: dict[str, Any], prediction: Prediction, batch: MicroBatch, latents: bool = False
+    pipe: Any,
+    call: dict[str, Any],
+    prediction: Prediction,
+    batch: MicroBatch,
+    latents: bool = False,
+    sample: bool = False,
+    audio: bool = False,
 ) -> tuple[Tensor, Reference]:
-    """Videos `(B, F, 3, H, W)` in [0, 1] by the pipeline's plain call, and what to compare them with."""
+    """Videos `(B, F, 3, H, W)` in [0, 1] by the pipeline's plain call, and what to compare them with.
+
+    Args:
+        pipe: A diffusers pipeline.
+        call: Arguments of its call that are the same for all videos.
+        prediction: The way in which the call predicts a video.
+        batch: On the pipeline's device.
+        latents: Whether true latents are wanted.
+        sample: Whether it is wanted what the data say of each video.
+        audio: Whether the sound is wanted there.
+    """
     with prediction.prepare(pipe, batch.videos, batch.seeds, False, latents) as begun:
         inputs = call | dict(batch.inputs) | dict(begun.inputs)
         with seeded(pipe, inputs.get("generator"), mix(*batch.seeds)):
             output = pipe(**inputs, output_type="pt")
-    return frames_of(pipe, output), begun.reference()
+    reference = begun.reference()
+    if sample:
+        sound = [*sound_of(output)] if audio else []
+        reference = replace(reference, sample=known_samples(batch, pipe.device, sound, sound_rate(pipe)))
+    return frames_of(pipe, output), reference

@@ -23,6 +23,7 @@ _FREE = (
     *("run.folder", "run.threads", "data.cache", "trackers", "parallel."),
     *("validation.every", "validation.videos", "validation.batch", "checkpoint.", "guard."),
     *("model.gradient_checkpointing", "model.fps", "gradient.cache", "gradient.checkpoint", "gradient.rows"),
+    *("gradient.denoiser.", "model.offload"),
 )
 # Changes what comes, and is offered to a run that cannot go on as it is.
 _REMEDIES = ("train.learning_rate", "train.max_grad_norm")
@@ -95,10 +96,14 @@ def expect_same_inputs(config: Config, folder: RunFolder, allow_changed: bool) -
             "what is there now by --allow-changed"
         )
     before, now = facts.get("processes"), int(os.environ.get("WORLD_SIZE", "1"))
-    if before not in (None, now) and draws_by_micro_batch(config):
+    said = f"{before} process(es), not {now}"
+    if before in (None, now):
+        before, now = facts.get("context", 1), config.parallel.context
+        said = f"parallel.context={before}, not {now}"
+    if before != now and draws_by_micro_batch(config):
         raise UsageError(
-            f"--resume: the run had {before} process(es), not {now}, and what is drawn with lora.dropout or "
-            "prediction.mode=denoise depends on that; take as many, or go on otherwise by --allow-changed"
+            f"--resume: the run had {said}, and what is drawn with lora.dropout or prediction.mode=denoise depends on "
+            "that; take as many, or go on otherwise by --allow-changed"
         )
 
 

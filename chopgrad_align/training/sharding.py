@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..sampling.denoisers import blocks_of
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -37,9 +39,8 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh) -> None:
     # It is about a hook in the backward pass of the whole denoiser, which has nothing left to do.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     denoiser.requires_grad_(False)
-    for blocks in denoiser.children():
-        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            fully_shard(block, mesh=mesh)
+    for block in blocks_of(denoiser):
+        fully_shard(block, mesh=mesh)
     root = fully_shard(denoiser, mesh=mesh, reshard_after_forward=False)
     root.set_reshard_after_backward(False, recurse=False)
 

@@ -18,10 +18,13 @@ from ...objective.objective import Objective
 from ...objective.statistics import Statistics
 from ...objective.terms import Reference
 from ...sampling.call_shape import frames_asked
+from ...sampling.checkpointing import Checkpointing
+from ...sampling.outputs import sound_rate
 from ...sampling.predictions import Prediction, Sample
 from ...sampling.randomness import seeded_state
 from ...sampling.rollout import RolloutPart, rollout_parts
 from ...sampling.steps import StepPolicy
+from ..known_samples import known_samples
 from .base_distance import BaseDistance
 from .protocol import MicroBatch
 from .streaming import StreamedLosses, can_stream
@@ -37,6 +40,7 @@ class DirectGradient:
         backprop: How to backpropagate through the decoder.
         batch_size: Videos for one optimizer step, over all processes; the loss is their mean.
         phases: A context for each named part, for what measures them.
+        checkpointing: What is kept of the denoiser's calls until the backward pass.
         decode: How to decode; `decode_selected_frames` with all its arguments.
         prediction: How the pipeline's call predicts a video.
         base: Context in which the denoiser is the untrained one.
@@ -49,6 +53,7 @@ class DirectGradient:
     backprop: Backprop
     batch_size: int
     phases: Callable[[str], AbstractContextManager[None]]
+    checkpointing: Checkpointing = Checkpointing()  # noqa: RUF009 (frozen)
     decode: Callable[..., Tensor] = decode_selected_frames
     prediction: Prediction = field(default_factory=Sample)
     base: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -84,16 +89,22 @@ class DirectGradient:
                 {**call, **prepared.inputs},
                 self.steps,
                 self.backprop,
+                checkpointing=self.checkpointing,
                 decode=decode,
                 output_type="pt" if self.objective.reads_pixels else "latent",
                 steps_seed=batch.steps_seed,
                 observe=distance.observe if self.objective.reads_base else None,
+                audio=self.objective.reads_audio,
             )
             rows, rest = [], 1
             while rest:
                 with self.phases("sampling"):
                     part = next(made)
                 reference = replace(prepared.reference(), base_distance=distance.take())
+                if self.objective.reads_sample:
+                    sound = () if part.audio is None else part.audio
+                    known = known_samples(batch, self.pipe.device, [*sound], sound_rate(self.pipe))
+                    reference = replace(reference, sample=known)
                 rows.append(part.share * self._backward(part, batch, reference, streamed, statistics))
                 rest = part.rest
                 del part  # its video, before the next one is made
