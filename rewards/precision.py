@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
@@ -13,6 +14,11 @@ from torch.utils._pytree import tree_map_only
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 at least; what is no floating-point number stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
+
+
+def in_float32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in float32 at least, as `InFloat32` of it is, whose weights keep their names."""
+    return F.linear(wide(x), wide(layer.weight), None if layer.bias is None else wide(layer.bias))
 
 
 class InFloat32(nn.Module):

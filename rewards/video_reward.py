@@ -80,7 +80,7 @@ class VideoReward(WholeVideoReward):
 
     Args:
         fps: Frames a second of the videos to score, which the frame sampling depends on. None: those of the file, where
-            files are scored; training must give them.
+            files are scored, and in training those of the config.
         template: Path of a file of the form of the official `prompt_template.py`, with other instructions; it is read,
             not run. None: the official instructions, which come with this package.
         checkpoint: Hub id or local folder with `model_config.json` and `file`.

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from chopgrad_align import Frames, SampledReward
 
 from .checkpoints import load_weights, loading
+from .precision import in_float32
 from .preprocess import Preprocess
 from .prompt_cache import PromptCache
 
@@ -112,7 +113,7 @@ class VideoTextModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(3.0))
 
     def encode_video(self, video: Tensor) -> Tensor:
-        """`(B, F, 3, size, size)` in [-1, 1] -> unit vectors `(B, width)`."""
+        """`(B, F, 3, size, size)` in [-1, 1] -> unit vectors `(B, width)`, in float32 at least."""
         video = hidden = video.transpose(1, 2)
         for block in self.blocks:
             before, hidden = hidden, block(hidden)
@@ -123,14 +124,14 @@ class VideoTextModel(nn.Module):
         waves = cosines(frames.shape[1], WAVES).to(frames)
         frames = self.frames(frames + F.pad(waves, (0, frames.shape[-1] - WAVES)))
         slow = torch.einsum("bfd,fw->bwd", frames, waves) / frames.shape[1]
-        return F.normalize(self.to_video(slow.flatten(1)), dim=-1)
+        return F.normalize(in_float32(self.to_video, slow.flatten(1)), dim=-1)
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Ids `(N, L)` and what of them is text, 1 or 0 -> unit vectors `(N, width)`."""
+        """Ids `(N, L)` and what of them is text, 1 or 0 -> unit vectors `(N, width)`, in float32 at least."""
         hidden = self.token(tokens) + self.position[: tokens.shape[1]]
         hidden = self.words(hidden, src_key_padding_mask=mask == 0)
         weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1).to(hidden)
-        return F.normalize(self.to_text((hidden * weights).sum(1)), dim=-1)
+        return F.normalize(in_float32(self.to_text, (hidden * weights).sum(1)), dim=-1)
 
 
 class VideoText(SampledReward):
@@ -162,12 +163,9 @@ class VideoText(SampledReward):
         self.requires_grad_(False).eval()
 
     def score_video(self, video: Tensor, prompts: list[str]) -> Tensor:
-        weight = self.model.to_text.weight
-        frames = self.preprocess(video.flatten(0, 1)).to(weight.dtype)
-        scores = (self.model.encode_video(frames.unflatten(0, video.shape[:2])) * self._texts(prompts).to(weight)).sum(
-            -1
-        )
-        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+        frames = self.preprocess(video.flatten(0, 1)).to(self.model.to_text.weight.dtype)
+        vectors = self.model.encode_video(frames.unflatten(0, video.shape[:2]))
+        return (vectors * self._texts(prompts).to(vectors)).sum(-1)
 
     def _encode_texts(self, prompts: list[str]) -> Tensor:
         options = {"padding": "max_length", "truncation": True, "max_length": self.model.length, "return_tensors": "pt"}

@@ -106,6 +106,27 @@ class Motion:
         return video.diff(dim=1).square().mean((1, 2, 3, 4))
 
 
+class Future:
+    """Scores a call by the videos of the one before."""
+
+    def __init__(self):
+        self.last = None
+
+    def __call__(self, video, prompts):
+        last, self.last = self.last, video.detach()
+        return mean(video) if last is None else mean(video) + (last.mean() - video.detach().mean())
+
+
+class Noisy:
+    """Draws from a generator of its own, which goes on."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, video, prompts):
+        return mean(video) + 0.1 * torch.rand(len(video), generator=self.generator)
+
+
 def spread(video):
     return video.flatten(1).var(1)
 
@@ -176,6 +197,13 @@ BROKEN = {
     "half_detached": (half_detached, r"gradient that is not that of its score"),
     "rounded": (lambda v, p: mean(v + 0.3 * (10 * v).round()), r"gradient that is not that of its score"),
     "threshold": (lambda v, p: mean(0.1 * v + (v > 0.4).to(v)), r"gradient that is not that of its score"),
+    "small_jumps": (lambda v, p: mean(v + 0.02 * (10 * v).round()), r"gradient that is not that of its score"),
+    "one_jump": (lambda v, p: mean(v + 0.3 * v.round()), r"gradient that is not that of its score"),
+    "half_gradient": (lambda v, p: mean(v) * mean(v).detach(), r"gradient that is not that of its score"),
+    "future": (Future(), r"whatever else is in the batch|not a function of its arguments"),
+    "own_numbers": (Noisy(), r"not a function of its arguments"),
+    "next_prompt": (lambda v, p: mean(v) * len(p[-1]), r"score sample b against prompts\[b\]"),
+    "loss": (lambda v, p: [mean(v)], r"returned a list"),
 }
 
 

@@ -79,10 +79,9 @@ def test_prompts_that_are_cut_are_told_once(load, name):
 
 FORMULAS = ("colorfulness", "compressibility", "sharpness")
 IN_FLOAT32 = ("motion", "warp_consistency")  # from the features on
-IN_STEPS = ("video_text",)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in FORMULAS + IN_FLOAT32 + IN_STEPS])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FORMULAS + IN_FLOAT32])
 @torch.no_grad()
 def test_scores_of_half_precision_are_not_in_steps(load, name):
     """In bfloat16 itself there would be as many scores as there are numbers with 8 bits."""

@@ -365,7 +365,7 @@ def test_a_good_reward_passes():
         (lambda v, p: [0.5, 0.5], r"returned a list"),
         (lambda v, p: mean(v).round().long(), r"returned torch.int64 scores"),
         (lambda v, p: v.mean(), r"shape \(\) for a batch of 2, expected \(2,\): one score a sample"),
-        (lambda v, p: v.mean((2, 3, 4)), r"shape \(2, 5\) for a batch of 2"),
+        (lambda v, p: v.mean((1, 3, 4)), r"shape \(2, 3\) for a batch of 2"),
         (lambda v, p: mean(v)[:, None], r"shape \(2, 1\)"),
         (lambda v, p: mean(v) / 0, r"not finite: on a video \(2, 5, 3, 64, 64\) it scored \[inf, inf\]"),
         (lambda v, p: mean(v.detach()), r"no gradient: its scores do not require grad; remove no_grad"),

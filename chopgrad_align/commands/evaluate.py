@@ -44,8 +44,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--metrics",
         nargs="+",
         help="psnr ssim flicker lpips[:alex|vgg|squeeze] dists warping_error[:dis|raft|raft_small] "
-        "relative_warping_error[likewise] seams:WINDOW:OVERLAP fvd:videomae:CHECKPOINT fvd:i3d:FILE (default: those "
-        "that need no weights; seams, if clips are longer than the model's window)",
+        "relative_warping_error[likewise] seams:WINDOW:OVERLAP fvd:videomae:CHECKPOINT fvd:i3d:FILE reward:NAME "
+        "(default: those that need no weights; seams, if clips are longer than the model's window)",
     )
     parser.add_argument("--reference", metavar="NAME", help="method that differences are taken to (default: the first)")
     parser.add_argument("--count", type=cli.count, metavar="N", help="clips; default: one of each file")

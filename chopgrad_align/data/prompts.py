@@ -42,6 +42,17 @@ class Condition:
     place: str = field(default="", compare=False)
     folder: Path = field(default=Path(), compare=False)
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that are not empty, under the names of the attributes where they are read here."""
+        read = {
+            "prompt": self.prompt or None,
+            "image": None if self.image is None else str(self.image),
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+        }
+        return {**self.cells, **{name: value for name, value in read.items() if value is not None}}
+
     def weight_of(self, reward: str) -> float:
         """How much a reward of this name counts."""
         return self.weight * self.weights.get(reward, 1.0)

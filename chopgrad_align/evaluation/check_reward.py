@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,12 @@ from ..common.errors import UsageError
 from ..common.loading import failing_as_usage_error
 from ..common.storage_count import StorageCount
 from ..data import procedural
+from ..data.source import BadFile
 from ..data.video import read_video
-from ..objective.reward import Reward, SampledReward
+from ..objective.reward import Reward, SampledReward, Samples
 from ..objective.reward.checking import scores_and_gradient
 from ..objective.reward.protocol import frames_read, score
+from .row_sample import row_sample
 
 # Of pixels in [0, 1]; the small ones would drown in float32.
 _STEPS = {torch.float32: (0.03, 0.01, 0.003, 0.001), torch.float64: (3e-4, 1e-4, 3e-5, 1e-5, 3e-6)}
@@ -24,8 +28,28 @@ _DIRECTIONS = 4
 _BLOCK = 8  # pixels
 _TOLERANCE = 0.05
 _COARSER = 1.0  # error that the step before may have: a smooth score comes near bit by bit
+_PLATEAU = 3, 0.7, 1.25  # steps, largest error, ratio of the errors: where it stays so, the score jumps
 _FEW = 4  # frames, where so many do
 _SEEDS = [0, 1]  # of random frames
+_SOUND_RATE = 16_000
+
+
+def known_of(video: Tensor, fps: float, row: Mapping[str, Any] | None = None) -> Samples:
+    """What is known of the clip: its frames a second, its first frame, darker, as the image of which it is made, two
+    seconds of noise as its sound, and the row of a table, as `row_sample` reads one.
+
+    Raises:
+        UsageError: A picture or video of the row cannot be read.
+    """
+    count, noise = len(video), torch.rand(2, 32_000, generator=torch.Generator().manual_seed(0))
+    try:
+        found = row_sample(
+            row or {}, Path(), fps, [i / fps for i in range(count)], count / fps, (noise - 0.5, _SOUND_RATE)
+        )
+    except BadFile as bad:
+        raise UsageError(f"--row: cannot read {bad}") from None
+    # Not the frame itself, on which a distance has no gradient.
+    return found if found.images[0] is not None else replace(found, images=[0.9 * video[0]])
 
 
 def clip(path: str | None, prompt: str | None) -> tuple[Tensor, str, float]:
@@ -45,7 +69,9 @@ def clip(path: str | None, prompt: str | None) -> tuple[Tensor, str, float]:
     return video, prompt, fps
 
 
-def examine(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> Iterator[tuple[str, str]]:
+def examine(
+    reward: Reward, name: str, video: Tensor, prompts: list[str], sample: Samples | None = None
+) -> Iterator[tuple[str, str]]:
     """Check a reward on a clip, the cheap things first; yields what was looked at and what was found.
 
     The two samples of a batch are the clip and one that is unlike it in all that a reward may be blind for: mirrored,
@@ -57,6 +83,8 @@ def examine(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> Ite
         name: What the messages call it.
         video: `(F, 3, H, W)` in [0, 1].
         prompts: That of the clip, and the other one.
+        sample: What else is known of the clip, for a reward that reads it; the other sample has pictures and videos
+            that are unlike these too.
 
     Raises:
         UsageError: A rule of the contract is broken: the message says which, what came, and where to look.
@@ -64,32 +92,35 @@ def examine(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> Ite
     count, _, height, width = video.shape
     yield "clip", f"{count} frames of {height}x{width} on {video.device}"
     samples = torch.stack([0.1 + 0.8 * video, _unlike(video)])
+    known = (Samples(1) if sample is None else sample).to(video.device)
+    both = _with_another(known)
 
-    scores, gradient = _undisturbed(reward, name, samples, prompts)
+    scores, gradient = _undisturbed(reward, name, samples, prompts, both)
     with torch.no_grad():
-        own = score(reward, video[None], prompts[:1], _SEEDS[:1])
+        own = score(reward, video[None], prompts[:1], _SEEDS[:1], known)
     yield (
         "score",
         f"{own.item():.6g} (with less contrast {scores[0]:.6g}; of another video, with another prompt {scores[1]:.6g})",
     )
-    _expect_a_function(reward, name, samples, prompts, scores)
-    _expect_samples_alone(reward, name, samples, prompts, scores, gradient)
+    _expect_a_function(reward, name, samples, prompts, both, scores)
+    _expect_samples_alone(reward, name, samples, prompts, both, scores, gradient)
     yield "contract", "one score a sample, that of its own video and prompt, the same in each call"
     yield "gradient", _reach(reward, name, gradient)
-    few = samples[:1, : _few(reward, samples[:1], prompts[:1])]
-    _expect_finite(reward, name, few, prompts[:1])
+    enough = _few(reward, samples[:1], prompts[:1], known)
+    few, known_of_few = samples[:1, :enough], known.choose_frames([range(enough)], count)
+    _expect_finite(reward, name, few, prompts[:1], known_of_few)
     yield "black, grey, white", "scores and gradients are finite"
-    use = measure(reward, samples[:1], prompts[:1])
+    use = measure(reward, samples[:1], prompts[:1], known)
     yield "memory", f"{_bytes(use.peak)} at {count} frames, {_bytes(use.each)} for each more, forward and backward"
     yield "time", f"{use.seconds / count:.3g} s a frame, forward and backward"
     available = _available(video.device)
     most = max(0, int((available - use.peak) / use.each) + count)
     yield "frames that fit", f"about {most:,} of this size in the {_bytes(available)} that are free, beside the weights"
     if isinstance(reward, SampledReward) and not reward.exact_gradient:
-        gain = ascent(reward, name, samples[:1], prompts[:1])
+        gain = ascent(reward, name, samples[:1], prompts[:1], known)
         yield "ascent", f"a step of 1/255 along the gradient, an approximation, raises the score by {gain:.3g}"
         return
-    error, step = finite_differences(reward, name, few, prompts[:1])
+    error, step = finite_differences(reward, name, few, prompts[:1], known_of_few)
     yield "finite differences", f"{_DIRECTIONS} random directions, relative error {error:.1e} (steps of {step:g})"
 
 
@@ -102,11 +133,32 @@ def _unlike(video: Tensor) -> Tensor:
     return 0.15 + 0.55 * slow.flip(3).roll(1, 1).square()
 
 
-def _undisturbed(reward: Reward, name: str, samples: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def _with_another(known: Samples) -> Samples:
+    """The sample, and one whose pictures and videos are unlike its own."""
+    other = replace(
+        known,
+        images=[image if image is None else _unlike(image[None])[0] for image in known.images],
+        videos={role: [_unlike(video) for video in of] for role, of in known.videos.items()},
+        audio=[sound if sound is None else 0.5 * sound.flip(1) for sound in known.audio],
+    )
+    return Samples(
+        2,
+        [*known.fps, *other.fps],
+        [*known.images, *other.images],
+        {role: [*of, *other.videos[role]] for role, of in known.videos.items()},
+        [*known.audio, *other.audio],
+        known.audio_rate,
+        [*known.rows, *other.rows],
+    )
+
+
+def _undisturbed(
+    reward: Reward, name: str, samples: Tensor, prompts: list[str], known: Samples
+) -> tuple[Tensor, Tensor]:
     """Scores and gradient, of a call that changes nothing but these."""
     torch.rand(())  # a seed that was set before would set the same state
     given, texts, random = samples.clone(), list(prompts), torch.get_rng_state()
-    found = scores_and_gradient(reward, name, samples, texts)
+    found = scores_and_gradient(reward, name, samples, texts, known)
     if not torch.equal(samples, given) or texts != prompts:
         raise UsageError(
             f"reward {name!r} changes the {'prompts' if texts != prompts else 'video'} that it is given, which other "
@@ -121,9 +173,11 @@ def _undisturbed(reward: Reward, name: str, samples: Tensor, prompts: list[str])
     return found
 
 
-def _expect_a_function(reward: Reward, name: str, samples: Tensor, prompts: list[str], scores: Tensor) -> None:
+def _expect_a_function(
+    reward: Reward, name: str, samples: Tensor, prompts: list[str], known: Samples, scores: Tensor
+) -> None:
     with torch.no_grad():
-        again = score(reward, samples, prompts, _SEEDS)
+        again = score(reward, samples, prompts, _SEEDS, known)
     if ((again - scores).abs() > _rounding(reward, scores)).any():
         raise UsageError(
             f"reward {name!r} is not a function of its arguments: the same videos scored {scores.tolist()} and then "
@@ -133,10 +187,18 @@ def _expect_a_function(reward: Reward, name: str, samples: Tensor, prompts: list
 
 
 def _expect_samples_alone(
-    reward: Reward, name: str, samples: Tensor, prompts: list[str], scores: Tensor, gradient: Tensor
+    reward: Reward,
+    name: str,
+    samples: Tensor,
+    prompts: list[str],
+    known: Samples,
+    scores: Tensor,
+    gradient: Tensor,
 ) -> None:
     with torch.no_grad():
-        alone = [score(reward, samples[b : b + 1], prompts[b : b + 1], _SEEDS[b : b + 1]) for b in (0, 1)]
+        alone = [
+            score(reward, samples[b : b + 1], prompts[b : b + 1], _SEEDS[b : b + 1], known.take([b])) for b in (0, 1)
+        ]
     lone = torch.cat(alone)
     allowed = _rounding(reward, lone) + 0.02 * (lone[0] - lone[1]).abs()
     if ((lone - scores).abs() > allowed).any():
@@ -144,7 +206,7 @@ def _expect_samples_alone(
             f"reward {name!r} must score sample b against prompts[b] whatever else is in the batch: two samples scored "
             f"{scores.tolist()} together, {lone.tolist()} one by one; look for prompts[0], and for sums over the batch"
         )
-    _, own = scores_and_gradient(reward, name, samples[:1], prompts[:1])
+    _, own = scores_and_gradient(reward, name, samples[:1], prompts[:1], known.take([0]))
     off = ((gradient[:1] - own).double().norm() / own.double().norm()).item()
     if off > 0.1:
         raise UsageError(
@@ -160,11 +222,11 @@ def _rounding(reward: Reward, scores: Tensor) -> Tensor:
     return (5e-3 if half else 1e-4) * scores.abs()
 
 
-def _expect_finite(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> None:
+def _expect_finite(reward: Reward, name: str, video: Tensor, prompts: list[str], known: Samples) -> None:
     for colour, level in (("black", 0.0), ("grey", 0.5), ("white", 1.0)):
         flat = torch.full_like(video, level).requires_grad_()
         with failing_as_usage_error(f"reward {name!r}, on a {colour} video,"):
-            found = score(reward, flat, prompts, _SEEDS[:1])
+            found = score(reward, flat, prompts, _SEEDS[:1], known)
         (gradient,) = torch.autograd.grad(found.sum(), flat, allow_unused=True)
         if not found.isfinite().all() or not (gradient is None or gradient.isfinite().all()):
             what = "score" if not found.isfinite().all() else "gradient"
@@ -174,11 +236,12 @@ def _expect_finite(reward: Reward, name: str, video: Tensor, prompts: list[str])
             )
 
 
-def _few(reward: Reward, video: Tensor, prompts: list[str]) -> int:
+def _few(reward: Reward, video: Tensor, prompts: list[str], known: Samples) -> int:
     """How many frames do for what needs no more: a few; all, if the reward takes no fewer."""
     try:
         with torch.no_grad():
-            enough = bool(score(reward, video[:, :_FEW], prompts, _SEEDS[:1]).isfinite().all())
+            part = known.choose_frames([range(min(_FEW, video.shape[1]))], video.shape[1])
+            enough = bool(score(reward, video[:, :_FEW], prompts, _SEEDS[:1], part).isfinite().all())
     except Exception:  # what a reward raises for too few is its own affair
         enough = False
     return _FEW if enough else video.shape[1]
@@ -217,7 +280,9 @@ def _spans(frames: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, stops, strict=True))
 
 
-def finite_differences(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> tuple[float, float]:
+def finite_differences(
+    reward: Reward, name: str, video: Tensor, prompts: list[str], known: Samples | None = None
+) -> tuple[float, float]:
     """Compare the gradient with central differences along random directions.
 
     Directions are blocks of 8x8 pixels of random sign: what single pixels change drowns in float32 rounding. Small
@@ -225,6 +290,7 @@ def finite_differences(reward: Reward, name: str, video: Tensor, prompts: list[s
 
     Args:
         video: `(1, F, 3, H, W)`, at least 0.03 away from 0 and 1.
+        known: What else is known of it.
 
     Returns:
         The relative error, of all directions together, at the coarsest step that will do, and this step, in units of
@@ -232,15 +298,16 @@ def finite_differences(reward: Reward, name: str, video: Tensor, prompts: list[s
 
     Raises:
         UsageError: They disagree by more than 5 % at every step, or agree at a small one all of a sudden, as they do
-            where a score jumps.
+            where a score jumps: so few pixels jump then that none is met.
     """
-    before, best = 0.0, None
-    for found in _comparisons(reward, name, video, prompts):
-        if found.error <= _TOLERANCE and before <= _COARSER:
+    seen: list[_Comparison] = []
+    for found in _comparisons(reward, name, video, prompts, known):
+        if found.error <= _TOLERANCE and (not seen or seen[-1].error <= _COARSER):
             return found.error, found.step
-        before = found.error
-        best = found if best is None or found.error < best.error else best
-    assert best is not None
+        seen.append(found)
+        if _stays([comparison.error for comparison in seen]):
+            break
+    best = min(seen, key=lambda comparison: comparison.error)
     raise UsageError(
         f"reward {name!r} has a gradient that is not that of its score: along random directions it says "
         f"{_numbers(best.slopes)}, differences of the score say {_numbers(best.differences)} (relative error "
@@ -248,6 +315,13 @@ def finite_differences(reward: Reward, name: str, video: Tensor, prompts: list[s
         "it is meant to be an approximation, derive from FrameReward or SampledReward and set `exact_gradient = False` "
         "in the class"
     )
+
+
+def _stays(errors: list[float]) -> bool:
+    """True if the last errors are the same whatever the step: what curves would come nearer with each smaller one."""
+    count, most, ratio = _PLATEAU
+    last = errors[-count:]
+    return len(last) == count and max(last) < most and max(last) < ratio * min(last)
 
 
 @dataclass(frozen=True)
@@ -263,7 +337,9 @@ class _Comparison:
         return ((self.differences - self.slopes).norm() / self.slopes.norm()).item()
 
 
-def _comparisons(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> Iterator[_Comparison]:
+def _comparisons(
+    reward: Reward, name: str, video: Tensor, prompts: list[str], known: Samples | None
+) -> Iterator[_Comparison]:
     generator = torch.Generator().manual_seed(0)
     coarse = (_DIRECTIONS, *video.shape[1:3], *(-(-side // _BLOCK) for side in video.shape[3:]))
     signs = torch.randint(2, coarse, generator=generator).to(video.device) * 2 - 1
@@ -274,7 +350,7 @@ def _comparisons(reward: Reward, name: str, video: Tensor, prompts: list[str]) -
             reward.to(dtype)
         video = video.to(dtype)
         try:
-            _, gradient = scores_and_gradient(reward, name, video, prompts)
+            _, gradient = scores_and_gradient(reward, name, video, prompts, known)
         except UsageError:
             if dtype == torch.float32:
                 raise
@@ -284,22 +360,22 @@ def _comparisons(reward: Reward, name: str, video: Tensor, prompts: list[str]) -
             with torch.no_grad():
                 above, below = (
                     torch.cat(
-                        [score(reward, video + sign * step * d, prompts, _SEEDS[:1]) for d in directions]
+                        [score(reward, video + sign * step * d, prompts, _SEEDS[:1], known) for d in directions]
                     ).double()
                     for sign in (1, -1)
                 )
             yield _Comparison(step, slopes, (above - below) / (2 * step))
 
 
-def ascent(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> float:
+def ascent(reward: Reward, name: str, video: Tensor, prompts: list[str], known: Samples | None = None) -> float:
     """By how much a step along the gradient, of 1/255 in its largest pixel, raises the score.
 
     Raises:
         UsageError: It lowers it.
     """
-    before, gradient = scores_and_gradient(reward, name, video, prompts)
+    before, gradient = scores_and_gradient(reward, name, video, prompts, known)
     with torch.no_grad():
-        after = score(reward, video + gradient / (255 * gradient.abs().max()), prompts, _SEEDS[:1])
+        after = score(reward, video + gradient / (255 * gradient.abs().max()), prompts, _SEEDS[:1], known)
     gain = (after - before).item()
     if not gain > 0:
         raise UsageError(
@@ -322,40 +398,41 @@ class Use:
     each: float  # bytes, of one frame more
 
 
-def measure(reward: Reward, video: Tensor, prompts: list[str]) -> Use:
+def measure(reward: Reward, video: Tensor, prompts: list[str], known: Samples | None = None) -> Use:
     """Time and memory of a forward and a backward pass, and from a clip twice as long what a further frame takes."""
-    seconds = _seconds(reward, video, prompts)
-    peak, longer = (_peak(reward, v, prompts) for v in (video, torch.cat([video, video], 1)))
     count, each_pixels = video.shape[1], video[0, 0].nbytes
+    seconds = _seconds(reward, video, prompts, known)
+    twice = None if known is None else known.choose_frames([[*range(count)] * 2], count)
+    peak, longer = _peak(reward, video, prompts, known), _peak(reward, torch.cat([video, video], 1), prompts, twice)
     # The clip itself too; never less than it and its gradient.
     return Use(seconds, peak + video.nbytes, max((longer - peak) / count, each_pixels) + each_pixels)
 
 
-def _forward_backward(reward: Reward, video: Tensor, prompts: list[str]) -> None:
+def _forward_backward(reward: Reward, video: Tensor, prompts: list[str], known: Samples | None) -> None:
     leaf = video.detach().requires_grad_()
-    torch.autograd.grad(score(reward, leaf, prompts, _SEEDS[:1]).sum(), leaf)
+    torch.autograd.grad(score(reward, leaf, prompts, _SEEDS[:1], known).sum(), leaf)
 
 
-def _seconds(reward: Reward, video: Tensor, prompts: list[str]) -> float:
+def _seconds(reward: Reward, video: Tensor, prompts: list[str], known: Samples | None) -> float:
     cuda = video.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(video.device)
     start = time.perf_counter()
-    _forward_backward(reward, video, prompts)
+    _forward_backward(reward, video, prompts, known)
     if cuda:
         torch.cuda.synchronize(video.device)
     return time.perf_counter() - start
 
 
-def _peak(reward: Reward, video: Tensor, prompts: list[str]) -> float:
+def _peak(reward: Reward, video: Tensor, prompts: list[str], known: Samples | None) -> float:
     """Bytes."""
     if video.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(video.device)
         before = torch.cuda.memory_allocated(video.device)
-        _forward_backward(reward, video, prompts)
+        _forward_backward(reward, video, prompts, known)
         return torch.cuda.max_memory_allocated(video.device) - before
     with StorageCount() as storage:  # slower, hence apart
-        _forward_backward(reward, video, prompts)
+        _forward_backward(reward, video, prompts, known)
     return storage.peak
 
 

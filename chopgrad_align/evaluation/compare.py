@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -113,7 +113,7 @@ def compare(
         for count, clip in enumerate(clips, 1):
             target = _target(clip).to(device)
             predictions = {name: _checked(method(clip), target, name, clip) for name, method in methods.items()}
-            for name, found in figures.add(predictions, target).items():
+            for name, found in figures.add(predictions, clip).items():
                 rows.writerow([count - 1, clip.name, name, *found])
             file.flush()  # what is done stays, whatever comes
             given = _given(clip)
@@ -150,15 +150,18 @@ class _Figures:
         self._features: dict[str, dict[str, list[Tensor]]] = {m: {n: [] for n in self._of_sets} for m in methods}
         self._target_features: dict[str, list[Tensor]] = {name: [] for name in self._of_sets}
 
-    def add(self, predictions: Mapping[str, Tensor], target: Tensor) -> dict[str, list[float]]:
+    def add(self, predictions: Mapping[str, Tensor], clip: Clip) -> dict[str, list[float]]:
         """Measure a clip; for each method its values, in the order of `of_clips`."""
+        like = next(iter(predictions.values()))
+        clip = replace(clip, videos={role: video.to(like) for role, video in clip.videos.items()})
+        target = clip.videos["target"]
         for name, set_metric in self._of_sets.items():
             self._target_features[name].append(set_metric.features(target))
             for method, video in predictions.items():
                 self._features[method][name].append(set_metric.features(video))
         for method, video in predictions.items():
             for name, metric in self.of_clips.items():
-                self._values[method][name].append(metric(video, target))
+                self._values[method][name].append(metric.of_clip(video, clip))
         return {method: [values[-1] for values in self._values[method].values()] for method in predictions}
 
     def table(self, reference: str, clips: int) -> Table:

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 
 from ..common.errors import UsageError, located
+from ..data.sound import read_sound
 from ..data.source import VIDEO_SUFFIXES, BadFile
 from ..data.table_file import file_text, read_table, text_cell
 from ..data.video_file import VideoFile
-from ..objective.reward import Reward
-from ..objective.reward.protocol import at_fps, check_scores, frames_read, score_chosen
+from ..objective.reward import Reduction, Reward, SampledReward
+from ..objective.reward.protocol import at_fps, check_scores, frames_read, reads_sample, score_chosen
+from .row_sample import row_sample
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video file and what it should show."""
+    """A video file and what it should show.
+
+    Attributes:
+        row: Further columns of its table, for rewards that read them.
+        folder: Paths in there are relative to it.
+    """
 
     video: Path
     prompt: str
+    row: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ def find_clips(videos: Sequence[Path], tables: Sequence[Path], prompt: str | Non
 
     Args:
         videos: Video files, and folders of them, which are searched through all levels, in the order of their names.
-        tables: Files that `read_table` reads, with the columns `video`, a path relative to the file, and `prompt`.
+        tables: Files that `read_table` reads, with the columns `video`, a path relative to the file, and `prompt`;
+            others are for rewards that read them, see `row_sample`.
         prompt: Of all files that have none of their own. A table's row has its column, a file `a.mp4` a text file
             `a.txt` beside it.
 
@@ -65,7 +76,8 @@ def find_clips(videos: Sequence[Path], tables: Sequence[Path], prompt: str | Non
             own = row.get("prompt")
             with located(read.named(place)):
                 text = prompt if own is None else text_cell(own)
-            clips.append(Clip(table.parent / row["video"], _given(text, read.named(place))))
+            rest = {name: cell for name, cell in row.items() if name != "video" and cell not in (None, "")}
+            clips.append(Clip(table.parent / row["video"], _given(text, read.named(place)), rest, table.parent))
     return clips
 
 
@@ -78,29 +90,44 @@ def _given(prompt: str | None, whose: str) -> str:
     return prompt
 
 
-def score_clips(reward: Reward, name: str, clips: Sequence[Clip], device: torch.device) -> Iterator[Scored]:
+def score_clips(
+    reward: Reward, name: str, clips: Sequence[Clip], device: torch.device, reduce: Reduction | None = None
+) -> Iterator[Scored]:
     """Score clip after clip, without a gradient; a file that cannot be read is handed back with the reason.
 
     Rewards that depend on the frames a second get those of the file, unless they were told others. Only the frames that
     the reward reads are kept, a chunk at a time where they are scored alone. Random frames are the same each time.
+    Scores of frames are reduced by `reduce`, to their mean if it is None.
 
     Raises:
         UsageError: Scores that break the contract of rewards.
     """
     for clip in clips:
         try:
-            yield _score(reward, name, clip, device)
+            yield _score(reward, name, clip, device, reduce)
         except BadFile as bad:
             yield Scored(clip, None, f"cannot read the video {bad}; give an mp4, webm or mov file")
 
 
 @torch.no_grad()  # nothing is trained
-def _score(reward: Reward, name: str, clip: Clip, device: torch.device) -> Scored:
+def _score(reward: Reward, name: str, clip: Clip, device: torch.device, reduce: Reduction | None) -> Scored:
     file = VideoFile.open(clip.video, str(clip.video), background=0.0)
     reward = at_fps(reward, file.fps)
     (read,) = frames_read(reward, max(1, round(file.seconds * file.fps)), [0])
-    frames = (frame.to(device) for frame in file.frames_at([number / file.fps for number in read]))
-    value = check_scores(f"reward {name!r}", score_chosen(reward, frames, clip.prompt), 1).item()
+    times = [number / file.fps for number in read]
+    sample = None
+    if reads_sample(reward):
+        sound = (
+            read_sound(clip.video, str(clip.video))
+            if isinstance(reward, SampledReward) and reward.reads_audio
+            else None
+        )
+        sample = row_sample({**clip.row, "prompt": clip.prompt}, clip.folder, file.fps, times, file.seconds, sound)
+        sample = sample.to(device)
+    frames = (frame.to(device) for frame in file.frames_at(times))
+    with located(f"reward {name!r}"):
+        scores = score_chosen(reward, frames, clip.prompt, sample, reduce)
+    value = check_scores(f"reward {name!r}", scores, 1).item()
     return Scored(clip, value, "" if math.isfinite(value) else f"the score of {clip.video} is {value}, not a number")
 
 

@@ -38,6 +38,16 @@ class Objective:
         return any(term.reads_base for term in self.terms.values())
 
     @property
+    def reads_sample(self) -> bool:
+        """True if some term wants what the data say of each video."""
+        return any(term.reads_sample for term in self.terms.values())
+
+    @property
+    def reads_audio(self) -> bool:
+        """True if some term wants the sound."""
+        return any(term.reads_audio for term in self.terms.values())
+
+    @property
     def measured(self) -> Objective:
         """The terms that a finished video can be measured by; the others belong to training."""
         return Objective({name: term for name, term in self.terms.items() if not term.reads_base})
@@ -61,7 +71,7 @@ class Objective:
             video: `(B, F, 3, H, W)` in [0, 1]; frames that no term reads can be anything.
             prompts: One a sample.
             seeds: One a sample; they decide which frames random samplers choose; equal samplers choose the same.
-            reference: What losses compare with.
+            reference: What losses compare with, and what else is known of the samples.
             known: Scores that need not be computed.
         """
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,19 @@ from ..common.errors import UsageError
 from .losses import Loss
 from .losses.protocol import FrameLoss, VideoLoss, compare
 from .losses.protocol import frames_read as frames_compared
+from .losses.protocol import reads_sample as loss_reads_sample
 from .reading import Reading
 from .reward import Reward, check_reward
 from .reward.frames import All
-from .reward.protocol import FrameReward, frames_read, score
+from .reward.protocol import FrameReward, SampledReward, frames_read, reads_sample, score
+from .reward.reduction import Reduction
+from .reward.samples import Samples
 from .statistics import Statistics
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference that a prediction is compared with; each part is there if the prediction has it.
+    """The reference that a prediction is compared with, and what else is known; each part is there if there is one.
 
     Attributes:
         target: The video that it should be, `(B, F, 3, H, W)` in [0, 1].
@@ -31,6 +34,7 @@ class Reference:
         latents: The predicted clean latents and the true ones, as the pipeline normalizes them.
         outputs: What the denoiser returned and what it should have returned.
         base_distance: Mean squared distance `(B,)` of the denoiser's predictions to those of the untrained model.
+        sample: What the data say of each video; there if a term reads it.
     """
 
     target: Tensor | None = None
@@ -38,6 +42,7 @@ class Reference:
     latents: tuple[Tensor, Tensor] | None = None
     outputs: tuple[Tensor, Tensor] | None = None
     base_distance: Tensor | None = None
+    sample: Samples | None = None
 
 
 class Term(ABC):
@@ -53,6 +58,8 @@ class Term(ABC):
         reads_latents: Whether it compares predicted latents with the true ones.
         reads_base: Whether it compares predictions with those of the model without what is trained, which is known in
             training alone.
+        reads_sample: Whether it reads `Reference.sample`.
+        reads_audio: Whether it reads the sound in there, of pipelines that make some.
         module: Network whose weights stay on the device, if there is one.
         frame_loss: Loss of single frames, all of them, that can be taken while the video is decoded, if it is one.
     """
@@ -65,6 +72,16 @@ class Term(ABC):
 
     @property
     def reads_latents(self) -> bool:
+        """See the class."""
+        return False
+
+    @property
+    def reads_sample(self) -> bool:
+        """See the class."""
+        return False
+
+    @property
+    def reads_audio(self) -> bool:
         """See the class."""
         return False
 
@@ -96,7 +113,15 @@ class Term(ABC):
         sign = 1 if self.kind == "reward" else -1
         return sign * self.weight * score.to(torch.promote_types(score.dtype, torch.float32))
 
-    def check(self, name: str, prompts: list[str], frames: int, size: tuple[int, int], device: torch.device) -> None:
+    def check(
+        self,
+        name: str,
+        prompts: list[str],
+        frames: int,
+        size: tuple[int, int],
+        device: torch.device,
+        sample: Samples | None = None,
+    ) -> None:
         """Raise a UsageError if it breaks its contract on a small video; default: nothing is tried."""
         return
 
@@ -113,6 +138,7 @@ class RewardTerm(Term):
         target: In the reward's own unit. The score is replaced by `-|r - target|`.
         normalize: Divide by the running standard deviation of the reward's scores, so that weights compare rewards of
             different units; without a target, their running mean is subtracted too.
+        reduce: How scores of frames become that of a video; None is the mean.
 
     Raises:
         UsageError: Both a cap and a target.
@@ -123,10 +149,21 @@ class RewardTerm(Term):
     cap: float | None = None
     target: float | None = None
     normalize: bool = False
+    reduce: Reduction | None = None
 
     def __post_init__(self) -> None:
         if self.cap is not None and self.target is not None:
             raise UsageError("a term has a cap or a target, not both")
+
+    @property
+    def reads_sample(self) -> bool:
+        """True if the reward asks for it."""
+        return reads_sample(self.reward)
+
+    @property
+    def reads_audio(self) -> bool:
+        """True if the reward asks for it."""
+        return isinstance(self.reward, SampledReward) and self.reward.reads_audio
 
     @property
     def module(self) -> nn.Module | None:
@@ -144,7 +181,7 @@ class RewardTerm(Term):
 
     def score(self, video: Tensor, prompts: list[str], seeds: Sequence[int], reference: Reference) -> Tensor:
         """The reward's scores `(B,)`."""
-        return score(self.reward, video, prompts, seeds)
+        return score(self.reward, video, prompts, seeds, reference.sample, self.reduce)
 
     def value(self, score: Tensor, statistics: Statistics | None = None) -> Tensor:
         """See `Term.value`: of the score with its cap, target and normalization."""
@@ -159,10 +196,19 @@ class RewardTerm(Term):
             value = (value if self.target is not None else value - statistics.mean) / statistics.std
         return self.weight * value
 
-    def check(self, name: str, prompts: list[str], frames: int, size: tuple[int, int], device: torch.device) -> None:
+    def check(
+        self,
+        name: str,
+        prompts: list[str],
+        frames: int,
+        size: tuple[int, int],
+        device: torch.device,
+        sample: Samples | None = None,
+    ) -> None:
         """Score a small video and take the gradient; frames that are scored alone need no more than a few."""
-        frames = min(frames, 5) if isinstance(self.reward, FrameReward) else frames
-        check_reward(self.reward, name, prompts=prompts, frames=frames, size=size, device=device)
+        frames = min(frames, 5) if isinstance(self.reward, FrameReward) and not self.reads_sample else frames
+        options: dict[str, Any] = {"size": size, "device": device, "sample": sample, "reduce": self.reduce}
+        check_reward(self.reward, name, prompts=prompts, frames=frames, **options)
 
 
 @dataclass(frozen=True)
@@ -179,14 +225,21 @@ class LossTerm(Term):
     kind = "loss"
 
     @property
+    def reads_sample(self) -> bool:
+        """True if the loss asks for it."""
+        return loss_reads_sample(self.loss)
+
+    @property
     def module(self) -> nn.Module | None:
         """The loss, if it is a network."""
         return self.loss if isinstance(self.loss, nn.Module) else None
 
     @property
     def frame_loss(self) -> FrameLoss | None:
-        """The loss, if it compares every frame alone."""
-        return self.loss if isinstance(self.loss, FrameLoss) and isinstance(self.loss.frames, All) else None
+        """The loss, if it compares every frame alone, by nothing but pixels."""
+        if isinstance(self.loss, FrameLoss) and isinstance(self.loss.frames, All) and not self.reads_sample:
+            return self.loss
+        return None
 
     @property
     def reading(self) -> Reading:
@@ -201,7 +254,7 @@ class LossTerm(Term):
         """The loss `(B,)`."""
         if reference.target is None:
             raise UsageError("a pixel loss needs data with a target: give a section data.clips")
-        return compare(self.loss, video, reference.target, reference.mask, seeds)
+        return compare(self.loss, video, reference.target, reference.mask, seeds, reference.sample)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,13 @@ from ..common.errors import UsageError
 
 _FRAMES, _SOUNDS = ("frames", "video"), ("audio", "sound")  # in diffusers; the last of each in Cosmos 3
 
+# Of LTX-2, Cosmos 3 and Kandinsky 6: the component that makes the sound, and where its config has the rate.
+_SOUND_RATES = (
+    ("vocoder", "output_sampling_rate"),
+    ("sound_tokenizer", "sampling_rate"),
+    ("audio_vae", "sample_rate"),
+)
+
 
 def expect_frames(pipe: Any) -> None:
     """Raise a UsageError if it can be known that a pipeline makes no frames."""
@@ -56,3 +63,11 @@ def frames_of(pipe: Any, output: Any, output_type: str = "pt") -> Tensor:
 def sound_of(output: Any) -> Tensor:
     """Sound as a pipeline returns it, for LTX-2 `(B, channels, samples)` in [-1, 1]."""
     return next(getattr(output, name) for name in _SOUNDS if hasattr(output, name))
+
+
+def sound_rate(pipe: Any) -> float | None:
+    """Values a second of the sound that a pipeline makes; None for one that makes none."""
+    for name, key in _SOUND_RATES:
+        if key in getattr(pipe.components.get(name), "config", {}):
+            return pipe.components[name].config[key]
+    return None

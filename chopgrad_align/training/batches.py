@@ -21,6 +21,8 @@ from .methods.protocol import MicroBatch
 Text = Mapping[str, str]
 """Arguments of a pipeline's call that are text: `prompt`, and others if they are not the same for all."""
 
+_RATES = ("frame_rate", "fps")  # arguments of calls
+
 _HELD_OUT = 1_000_000_000  # far from the seeds of training
 
 
@@ -69,6 +71,7 @@ class PromptBatches:
         captions: What the model is told.
         call: Arguments of the call that are the same for all.
         fixed_noise: Whether a condition is always sampled from the same noise.
+        fps: Frames a second of the videos, where a row does not bring them.
     """
 
     def __init__(
@@ -83,8 +86,9 @@ class PromptBatches:
         captions: Captions = Captions(),  # noqa: B008 (frozen)
         call: Mapping[str, Any] | None = None,
         fixed_noise: bool = False,
+        fps: float | None = None,
     ) -> None:
-        self._captions, self._call, self._fixed_noise = captions, dict(call or {}), fixed_noise
+        self._captions, self._call, self._fixed_noise, self._fps = captions, dict(call or {}), fixed_noise, fps
         self._has_negatives = any(row.condition.negative_prompt is not None for row in (*training, *held_out))
         self._pipe, self._terms, self._batch_size, self._seed = pipe, list(objective.terms), batch_size, seed
         self._training, self._held_out, self._seeds = training, held_out, seeds
@@ -154,7 +158,15 @@ class PromptBatches:
             inputs["negative_prompt"] = _one_or_all([self._negative(row) for row in rows])
         inputs |= stacked([row.inputs(self._pipe, self._call) for row in rows])
         weights = {name: [row.condition.weight_of(name) for row in rows] for name in self._terms}
-        return MicroBatch(inputs, [row.condition.prompt for row in rows], frame_seeds, weights, seeds)
+        return MicroBatch(
+            inputs,
+            [row.condition.prompt for row in rows],
+            frame_seeds,
+            weights,
+            seeds,
+            fps=[next((row.constants[name] for name in _RATES if name in row.constants), self._fps) for row in rows],
+            rows=[row.condition.columns for row in rows],
+        )
 
 
 class ClipBatches:
@@ -259,7 +271,13 @@ def _stacked(pipe: Any, clips: Sequence[Clip], captions: list[str], seeds: list[
     videos = {role: torch.stack([clip.videos[role] for clip in clips]) for role in clips[0].videos}
     shape = shape_arguments(inspect.signature(type(pipe).__call__).parameters, clips[0].bucket)
     return MicroBatch(
-        call_inputs(pipe, captions, seeds) | shape, captions, frame_seeds=seeds, seeds=seeds, videos=videos
+        call_inputs(pipe, captions, seeds) | shape,
+        captions,
+        frame_seeds=seeds,
+        seeds=seeds,
+        videos=videos,
+        fps=[clip.fps for clip in clips],
+        rows=[{"name": clip.name, "caption": clip.caption} for clip in clips],
     )
 
 

@@ -79,13 +79,22 @@ def load_models(
     pipe = load_pipeline(config.model, mesh)
     check_prediction(pipe, config)
     _check_calls(pipe, config, calls(pipe))
-    objective = load_objective(config.rewards, device, config.losses, config.terms, config.reference.weight)
+    weight, fps = config.reference.weight, video_fps(config)
+    objective = load_objective(config.rewards, device, config.losses, config.terms, weight, fps)
     torch.manual_seed(config.run.seed)  # the first weights
     with shapes_of_the_whole(pipe), nullcontext() if new_weights is None else new_weights:
         trainable = make_trainable(config, pipe)
         denoisers = denoisers_of(pipe).values() if config.model.offload else ()
         offloaded = sum(offload_blocks(denoiser, device) for denoiser in denoisers)
     return Models(pipe, objective, trainable, offloaded)
+
+
+def video_fps(config: Config) -> float | None:
+    """Frames a second of all videos of a run; None if files of clips have each their own."""
+    clips = config.data.clips
+    if clips is None:
+        return config.model.fps
+    return None if clips.fps is None else clips.fps / clips.stride
 
 
 def make_trainable(config: Config, pipe: Any) -> Trainable:
@@ -169,7 +178,7 @@ def make_witnesses(config: Config) -> dict[str, Witness]:
     """
     own = {name: witness for name, witness in config.witnesses.items() if witness is not None}
     return {
-        name: load_witness(name, own[name].name, own[name].args) if name in own else BUILT_IN[name]()
+        name: load_witness(name, own[name].name, own[name].args, video_fps(config)) if name in own else BUILT_IN[name]()
         for name in config.watched
     }
 

@@ -14,6 +14,7 @@ from ..common.errors import UsageError
 from ..common.loading import construct, construct_known, unknown_name
 from ..decoding.backprop import Backprop, Exact, Full, Truncated, expect_policy
 from ..evaluation.witnesses import BUILT_IN, Bounds
+from ..objective.reward import Reduction, reduction
 from ..sampling import predictions as prediction
 from ..sampling.checkpointing import Checkpointing
 from ..sampling.initial_noise import Noise
@@ -36,6 +37,7 @@ from .config_values import (
     Pixels,
     Positive,
     PositiveFloat,
+    Quantized,
     Seed,
     Targets,
     TermName,
@@ -102,6 +104,9 @@ class Model:
     dtype: Dtype = "float32"
     """Precision of the frozen weights; the LoRA is always float32."""
     vae_dtype: Dtype = "float32"
+    quantize: Quantized | dict[Name, Quantized] = field(default_factory=dict)
+    """Store frozen weights in fewer bits, as they are loaded: nf4 (bitsandbytes), int8 or fp8 (torchao), of the
+    denoisers; or of each component by its name, such as {transformer: nf4, text_encoder: int8}. See docs/scale.md."""
     variant: Name | None = None
     """Variant of the weight files, such as fp16."""
     revision: Name | None = None
@@ -238,6 +243,9 @@ class Reward:
     """The score should come close to it: it counts as minus the distance."""
     normalize: bool = False
     """Divide by the running standard deviation of the scores."""
+    reduce: str | dict[str, float] | None = None
+    """How the scores of frames, where it has some, become that of a video: mean (the default), min, worst (the mean of
+    the worst quarter), {worst: 0.1}, or {softmin: 0.05}, a smooth minimum with its temperature in the reward's unit."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of its class. Those that score single frames take `frames`: a number of evenly spaced ones, all, first,
     last, first+last, {random: 4} or {stride: 4}."""
@@ -246,7 +254,12 @@ class Reward:
     def _cap_or_target(self) -> Reward:
         if self.cap is not None and self.target is not None:
             raise ValueError("give a cap or a target, not both")
+        self.reduction()
         return self
+
+    def reduction(self) -> Reduction | None:
+        """How scores of frames become one; None leaves it to the mean."""
+        return None if self.reduce is None else reduction(self.reduce)
 
 
 @_strict
@@ -574,6 +587,19 @@ class Config:
                 f"trainable: parallel.context={self.parallel.context} adds up gradients of which each process has a "
                 "part, as those of a LoRA on the denoiser: leave one of them out"
             )
+        if self.model.quantize:
+            packed = f"model.quantize={self.model.quantize} packs"
+            if "vae" in self.model.quantize:
+                raise ValueError("model.quantize.vae: pixels and their gradient are the decoder's own: leave it out")
+            for key, asked in (("trainable", self.trainable), ("model.loras", self.model.loras)):
+                if asked:
+                    raise ValueError(f"{key} changes weights that {packed}: leave one of the two out")
+            if self.lora.dora:
+                raise ValueError(f"lora.dora reads whole weights, which {packed}: leave one of the two out")
+            if self.parallel.shard > 1:
+                raise ValueError(f"parallel.shard={self.parallel.shard} cuts weights that {packed}: choose one")
+            if self.model.offload:
+                raise ValueError(f"model.offload={self.model.offload} moves weights that {packed}: choose one")
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(

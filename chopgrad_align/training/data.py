@@ -131,6 +131,7 @@ class PromptData:
             captions=config.data.captions(),
             call=config.model.call,
             fixed_noise=config.train.seeds == "fixed",
+            fps=config.model.fps,
         )
 
     def conditions(self, pairs: int, seeds: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from ..data.order import mix
 from ..data.video import write_video
-from ..evaluation.witnesses import Witness, on_device
+from ..evaluation.witnesses import Witness, observe, on_device, reads_sample
 from ..objective.objective import Objective
 from ..objective.terms import Reference
-from ..sampling.outputs import frames_of
+from ..sampling.outputs import frames_of, sound_of, sound_rate
 from ..sampling.predictions import Prediction
 from ..sampling.randomness import seeded
 from .batches import Batches
+from .known_samples import known_samples
 from .methods.protocol import MicroBatch
 
 
@@ -101,13 +102,16 @@ def evaluate(
                 break
             places = range(first, min(first + batch, stop))
             chosen = batches.held_out(places)
-            video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents)
+            reads = objective.reads_sample or any(reads_sample(witness) for witness in witnesses.values())
+            sound = objective.reads_audio or any(witness.reads_audio for witness in witnesses.values())
+            video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents, reads, sound)
             scores.prompts.extend(chosen.prompts)
             for name, values in objective.scores(video, chosen.prompts, chosen.frame_seeds, reference).items():
                 scores.terms[name] += values.tolist()
                 scores.weights[name] += (chosen.weights or {}).get(name, [1.0] * len(values))
             for name, witness in witnesses.items():
-                scores.kept[name] += witness.observe(video, chosen.prompts, chosen.frame_seeds).cpu().unbind()
+                kept = observe(witness, video, chosen.prompts, chosen.frame_seeds, reference.sample)
+                scores.kept[name] += kept.cpu().unbind()
             if videos is not None:
                 with pictures("a sample video"):
                     _write_videos(*videos, places, video, chosen, repeated=start + repeated)
@@ -137,11 +141,31 @@ def pictures(what: str) -> Iterator[None]:
 
 
 def predict(
-    pipe: Any, call: dict[str, Any], prediction: Prediction, batch: MicroBatch, latents: bool = False
+    pipe: Any,
+    call: dict[str, Any],
+    prediction: Prediction,
+    batch: MicroBatch,
+    latents: bool = False,
+    sample: bool = False,
+    audio: bool = False,
 ) -> tuple[Tensor, Reference]:
-    """Videos `(B, F, 3, H, W)` in [0, 1] by the pipeline's plain call, and what to compare them with."""
+    """Videos `(B, F, 3, H, W)` in [0, 1] by the pipeline's plain call, and what to compare them with.
+
+    Args:
+        pipe: A diffusers pipeline.
+        call: Arguments of its call that are the same for all videos.
+        prediction: The way in which the call predicts a video.
+        batch: On the pipeline's device.
+        latents: Whether true latents are wanted.
+        sample: Whether it is wanted what the data say of each video.
+        audio: Whether the sound is wanted there.
+    """
     with prediction.prepare(pipe, batch.videos, batch.seeds, False, latents) as begun:
         inputs = call | dict(batch.inputs) | dict(begun.inputs)
         with seeded(pipe, inputs.get("generator"), mix(*batch.seeds)):
             output = pipe(**inputs, output_type="pt")
-    return frames_of(pipe, output), begun.reference()
+    reference = begun.reference()
+    if sample:
+        sound = [*sound_of(output)] if audio else []
+        reference = replace(reference, sample=known_samples(batch, pipe.device, sound, sound_rate(pipe)))
+    return frames_of(pipe, output), reference

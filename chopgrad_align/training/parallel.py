@@ -47,7 +47,7 @@ def check_launch() -> None:
     if on_cpu and several and not any(rank in os.environ for rank in ranks):
         raise UsageError(
             "accelerate launch --cpu starts one process, whatever --num_processes says; for several on the CPU: "
-            "torchrun --nproc_per_node N scripts/align.py …"
+            "torchrun --nproc_per_node N -m chopgrad_align align …"
         )
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
+
+import torch
 
 from ..common.arguments import whole_number
 from ..common.errors import UsageError
 from ..data.cache import Cache
 from ..evaluation.heldout import Paired
-from ..evaluation.witnesses import check_witnesses
+from ..evaluation.witnesses import Witness, check_witnesses, reads_sample
+from ..objective.objective import Objective
 from ..sampling.call_shape import frames_asked
+from ..sampling.outputs import expect_sound, sound_rate
 from ..sampling.predictions.columns import arguments
+from .batches import Batches
 from .build import load_models, make_guard, make_method, make_state, make_witnesses
 from .config import Config
 from .config_file import header, to_yaml
@@ -22,6 +29,7 @@ from .environment import environment
 from .fingerprints import fingerprints
 from .folder import RunFolder
 from .history import History
+from .known_samples import known_samples
 from .models import check_model
 from .observers import Observers
 from .outcome import Outcome
@@ -88,6 +96,36 @@ def check_files(config: Config) -> Data:
     return read_data(config)
 
 
+def _check_scores(
+    pipe: Any,
+    batches: Batches,
+    call: Mapping[str, Any],
+    objective: Objective,
+    witnesses: Mapping[str, Witness],
+    device: torch.device,
+) -> None:
+    """Try terms and witnesses on a small random video, with the prompts and rows of the run.
+
+    Raises:
+        UsageError: One breaks its contract, or reads sound that the pipeline does not make.
+    """
+    size = (call["height"], call["width"]) if call.get("height") and call.get("width") else (64, 64)
+    frames, prompts = frames_asked(call) or 5, (batches.prompts(0) * 2)[:2]  # there may be one
+    audio: list[torch.Tensor] = []
+    if objective.reads_audio or any(witness.reads_audio for witness in witnesses.values()):
+        expect_sound(pipe, call)
+        audio = [torch.rand(2, int(sound_rate(pipe) or 16_000)) - 0.5]
+    told: dict[str, Any] = {}
+    if objective.reads_sample or any(reads_sample(witness) for witness in witnesses.values()):
+        sample = known_samples(batches.held_out(range(1)), device, audio, sound_rate(pipe)).take([0, 0])
+        for video in (of[0] for of in sample.videos.values() if len(of[0]) > 1):
+            frames, size = len(video), (video.shape[2], video.shape[3])
+        told["sample"] = sample
+    for name, term in objective.terms.items():
+        term.check(name, prompts, frames, size, device, **(told if term.reads_sample else {}))
+    check_witnesses(witnesses, prompts, frames, size, device, **told)
+
+
 def build(config: Config, data: Data, profile: int = 0) -> Trainer:
     """Load everything that a run needs.
 
@@ -111,13 +149,8 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
         expect_splittable(models.pipe, data.calls(models.pipe, call), layout.context)
         split_tokens(models.pipe, context)
     batches = data.batches(models.pipe, models.objective, config)
-    size = (call["height"], call["width"]) if call.get("height") and call.get("width") else (64, 64)
-    prompts = (batches.prompts(0) * 2)[:2]  # there may be one
-    probe = (prompts, frames_asked(call) or 5, size, parallel.device)
-    for name, term in models.objective.terms.items():
-        term.check(name, *probe)
     witnesses = make_witnesses(config)
-    check_witnesses(witnesses, *probe)
+    _check_scores(models.pipe, batches, call, models.objective, witnesses, parallel.device)
     # Weights, two moments and an average in float32; a new checkpoint is complete before the oldest goes.
     folder, count = RunFolder(config.run.folder), sum(p.numel() for p in models.trainable.parameters)
     folder.check_space(4 * (3 if config.ema.decay is None else 4) * count * (config.checkpoint.keep + 1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UsageError
+from ...data.clips import Clip
 
 HUB_CACHE = "its weights in the folder hub/checkpoints of TORCH_HOME, or a way to download them"
 """The checkpoint that metrics expect whose library finds the weights by itself."""
@@ -31,6 +32,10 @@ class Metric(ABC):
         Raises:
             UsageError: The clip has too few frames or too small ones.
         """
+
+    def of_clip(self, video: Tensor, clip: Clip) -> float:
+        """The figure of a video that is predicted for a clip; default: compared with its target, on one device."""
+        return self(video, clip.videos["target"])
 
 
 class SetMetric(ABC):

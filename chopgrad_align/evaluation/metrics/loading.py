@@ -15,6 +15,7 @@ from .fvd import FVD
 from .lpips import LPIPS
 from .psnr import PSNR
 from .relative_warping_error import RelativeWarpingError
+from .reward import RewardMetric
 from .seams import Seams
 from .ssim import SSIM
 from .warping_error import WarpingError
@@ -29,6 +30,7 @@ METRICS: dict[str, Callable[..., Metric | SetMetric]] = {
     "flicker": Flicker,
     "seams": Seams,
     "fvd": FVD,
+    "reward": RewardMetric,
 }
 _PLAIN = {"psnr", "ssim", "flicker"}  # formulas, which have no network and no choices
 
@@ -39,7 +41,7 @@ def load_metrics(names: Sequence[str], device: torch.device | str = "cpu") -> di
     Args:
         names: Each `name` or `name:choice`: psnr, ssim, flicker, lpips (`lpips:vgg`), dists, warping_error and
             relative_warping_error (`warping_error:raft`), `seams:WINDOW:OVERLAP`, and `fvd:videomae:CHECKPOINT` or
-            `fvd:i3d:FILE`.
+            `fvd:i3d:FILE`; `reward:NAME` is the score of a reward.
         device: Where networks go; clips are to be on it too.
 
     Returns:

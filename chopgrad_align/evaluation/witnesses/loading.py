@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ...common.errors import UsageError
 from ...common.loading import construct, failing_as_usage_error
-from ...objective.reward import load_reward
+from ...objective.reward import Samples, load_reward
+from ...objective.reward.protocol import at_fps
 from .contrast import Contrast
 from .distance import Distance
 from .diversity import Diversity
 from .flicker import Flicker
 from .flow import Flow
 from .motion import Motion
-from .protocol import Witness, on_device
+from .protocol import Witness, observe, on_device
 from .reward import RewardWitness
 from .saturation import Saturation
 from .sharpness import Sharpness
@@ -41,7 +42,12 @@ objects that should grow or bounce had lost 0.16 to 0.24 of their motion, which 
 
 
 def check_witnesses(
-    witnesses: Mapping[str, Witness], prompts: list[str], frames: int, size: tuple[int, int], device: torch.device
+    witnesses: Mapping[str, Witness],
+    prompts: list[str],
+    frames: int,
+    size: tuple[int, int],
+    device: torch.device,
+    sample: Samples | None = None,
 ) -> None:
     """Let witnesses that are not built in observe a small random video on a device.
 
@@ -53,7 +59,7 @@ def check_witnesses(
     with torch.no_grad(), on_device(own, device):
         for name, witness in own.items():
             with failing_as_usage_error(f"witnesses.{name}, on a video {tuple(video.shape)},"):
-                kept: Any = witness.observe(video, prompts, range(len(prompts)))
+                kept: Any = observe(witness, video, prompts, range(len(prompts)), sample)
             if not isinstance(kept, Tensor) or kept.shape[:1] != (len(prompts),):
                 what = tuple(kept.shape) if isinstance(kept, Tensor) else type(kept).__name__
                 raise UsageError(
@@ -61,7 +67,7 @@ def check_witnesses(
                 )
 
 
-def load_witness(key: str, name: str, args: Mapping[str, Any]) -> Witness:
+def load_witness(key: str, name: str, args: Mapping[str, Any], fps: float | None = None) -> Witness:
     """Construct a witness of one's own, or make one of a reward.
 
     Args:
@@ -69,6 +75,7 @@ def load_witness(key: str, name: str, args: Mapping[str, Any]) -> Witness:
         name: A published reward, or the class of a witness or of a reward: `package.module:Class` or
             `path/to/file.py:Class`.
         args: Given to it by keyword.
+        fps: Frames a second of the videos, for rewards that depend on them.
 
     Raises:
         UsageError: As `load_reward`.
@@ -78,4 +85,4 @@ def load_witness(key: str, name: str, args: Mapping[str, Any]) -> Witness:
         return made
     if not callable(made):
         raise UsageError(f"witnesses.{key}: {name!r} made a {type(made).__name__}, which is neither witness nor reward")
-    return RewardWitness(made, key)
+    return RewardWitness(made if fps is None else at_fps(made, fps), key)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...objective.reward import Samples
+from ...objective.reward.samples import declares_sample
 from .bounds import Bounds
 
 _LUMA = (0.299, 0.587, 0.114)  # Rec. 601
@@ -19,16 +21,23 @@ class Witness(ABC):
     """A measure of videos that tells whether a reward rose at the cost of something else.
 
     It observes the videos a few at a time and keeps something small of each; the values of all follow from that. A
-    measure of single videos needs `observe` alone.
+    measure of single videos needs `observe` alone. If that has a further argument `sample: Samples | None = None`, it
+    is given what else is known of the samples.
 
     Attributes:
         bounds: Where the guard expects the mean relative to the base model's, if nobody says otherwise.
         reads_base: Whether `values` compares with what was kept of the base model's videos.
+        reads_audio: Whether it reads the sound that is known.
         module: Network whose weights are on the device while it observes, if there is one.
     """
 
     bounds: ClassVar[Bounds | None] = None
     reads_base: ClassVar[bool] = False
+
+    @property
+    def reads_audio(self) -> bool:
+        """See the class."""
+        return False
 
     @property
     def module(self) -> nn.Module | None:
@@ -54,6 +63,19 @@ class Witness(ABC):
             groups: Equal for pairs that differ in the seed alone.
         """
         return [item.item() for item in kept]
+
+
+def reads_sample(witness: Witness) -> bool:
+    """True if a witness is given what else is known of the samples."""
+    return declares_sample(witness.observe)
+
+
+def observe(
+    witness: Witness, video: Tensor, prompts: list[str], seeds: Sequence[int], sample: Samples | None = None
+) -> Tensor:
+    """`witness.observe(video, prompts, seeds)`, with what else is known if it asks for it."""
+    call: Any = witness.observe
+    return call(video, prompts, seeds, **({"sample": sample} if reads_sample(witness) else {}))
 
 
 @contextmanager

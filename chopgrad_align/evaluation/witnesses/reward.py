@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...objective.reward import Reward
+from ...objective.reward import Reward, SampledReward, Samples
 from ...objective.reward.protocol import check_scores, score
 from .protocol import Witness
 
@@ -29,6 +29,11 @@ class RewardWitness(Witness):
         """The reward, if it is a network."""
         return self.reward if isinstance(self.reward, nn.Module) else None
 
-    def observe(self, video: Tensor, prompts: list[str], seeds: Sequence[int]) -> Tensor:
+    @property
+    def reads_audio(self) -> bool:
+        """True if the reward asks for it."""
+        return isinstance(self.reward, SampledReward) and self.reward.reads_audio
+
+    def observe(self, video: Tensor, prompts: list[str], seeds: Sequence[int], sample: Samples | None = None) -> Tensor:
         """See `Witness`; the score."""
-        return check_scores(f"witness {self.name!r}", score(self.reward, video, prompts, seeds), len(prompts))
+        return check_scores(f"witness {self.name!r}", score(self.reward, video, prompts, seeds, sample), len(prompts))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ...common.errors import UsageError
+from ...common.errors import UsageError, located
 from ...common.loading import construct_known
-from .protocol import Loss
+from .protocol import Loss, reads_sample
 
 LOSSES = {
     "charbonnier": "chopgrad_align.objective.losses.charbonnier:Charbonnier",
@@ -45,4 +45,6 @@ def load_loss(name: str, /, **args: object) -> Loss:
         raise UsageError(
             f"loss {name!r} made a {type(loss).__name__}, which cannot be called as loss(video, target, mask)"
         )
+    with located(f"loss {name!r}"):
+        reads_sample(loss)
     return loss

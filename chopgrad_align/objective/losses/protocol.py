@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,15 @@ from ...common.arguments import whole_number
 from ...common.errors import UsageError
 from ..reading import Reading
 from ..reward.frames import Frames, Random, frame_sampler
+from ..reward.samples import Samples, declares_sample
 
 
 class Loss(Protocol):
-    """How far a video is from a target, 0 or more; lower is better. Sign and weight are applied once, outside."""
+    """How far a video is from a target, 0 or more; lower is better. Sign and weight are applied once, outside.
+
+    One that has a further argument `sample: Samples | None = None` is given what else is known of the samples; so is
+    a `FrameLoss` whose method `error` has it.
+    """
 
     def __call__(self, video: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compare `video` with `target`, both `(B, F, 3, H, W)` in [0, 1]; returns `(B,)`.
@@ -136,6 +141,11 @@ class FrameLoss(_RegionLoss):
             raise UsageError(f"{name}: {error}") from None
         self.frames_per_chunk = whole_number(f"{name}: frames_per_chunk", frames_per_chunk)
 
+    @property
+    def reads_sample(self) -> bool:
+        """True if it is given what else is known of the samples; each frame is a sample then."""
+        return declares_sample(self.error)
+
     @abstractmethod
     def error(self, frames: Tensor, target: Tensor) -> Tensor | Sequence[Tensor]:
         """Compare `frames` with `target`, both `(N, 3, H, W)` in [0, 1], at least float32.
@@ -145,7 +155,12 @@ class FrameLoss(_RegionLoss):
         """
 
     def forward(
-        self, video: Tensor, target: Tensor, mask: Tensor | None = None, seeds: Sequence[int] | None = None
+        self,
+        video: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        seeds: Sequence[int] | None = None,
+        sample: Samples | None = None,
     ) -> Tensor:
         """Compare the chosen frames of `video` and `target` `(B, F, 3, H, W)` in [0, 1]; `(B,)`, at least float32.
 
@@ -160,8 +175,10 @@ class FrameLoss(_RegionLoss):
         if len(chosen[0]) < total:
             pick = torch.arange(batch, device=video.device)[:, None], torch.tensor(chosen, device=video.device)
             video, target, mask = video[pick], target[pick], None if mask is None else mask[pick]
+            sample = None if sample is None else sample.choose_frames(chosen, total)
         frames, references = video.flatten(0, 1), target.detach().flatten(0, 1)
         masks = None if mask is None else mask.flatten(0, 1)
+        of_frames = None if sample is None else sample.as_frames(video.shape[1])
 
         # One chunk alone gains nothing from running twice. Chunks are split, not sliced: the gradient of each slice
         # would be as large as all frames.
@@ -169,7 +186,8 @@ class FrameLoss(_RegionLoss):
         losses, start = [], 0
         for chunk in frames.split(self.frames_per_chunk):
             part = slice(start, start + len(chunk))
-            rest = references[part], None if masks is None else masks[part]
+            told = None if of_frames is None else of_frames.take(range(part.start, part.stop))
+            rest = references[part], None if masks is None else masks[part], told
             loss = (
                 checkpoint(self._losses, chunk, *rest, use_reentrant=False) if recompute else self._losses(chunk, *rest)
             )
@@ -177,11 +195,13 @@ class FrameLoss(_RegionLoss):
             start = part.stop
         return torch.cat(losses).view(batch, -1).mean(1)
 
-    def _losses(self, frames: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    def _losses(self, frames: Tensor, target: Tensor, mask: Tensor | None, sample: Samples | None) -> Tensor:
         """A loss for each frame, `(N,)`."""
         frames, target = _wide(frames), _wide(target)
         weights = self._weights(mask, frames)
-        return self._weighed(self.error(_shown(frames, target, weights), target), weights)
+        error: Any = self.error
+        told = {"sample": sample} if self.reads_sample else {}
+        return self._weighed(error(_shown(frames, target, weights), target, **told), weights)
 
 
 class VideoLoss(_RegionLoss):
@@ -244,13 +264,34 @@ class VideoLoss(_RegionLoss):
         return self._weighed(errors, weights if mask is None else torch.maximum(weights[:-1], weights[1:]))
 
 
-def compare(
-    loss: Loss, video: Tensor, target: Tensor, mask: Tensor | None = None, seeds: Sequence[int] | None = None
-) -> Tensor:
-    """`loss(video, target, mask)`, with random choices of frames decided by one seed a sample."""
+def reads_sample(loss: Loss) -> bool:
+    """True if a loss is given what else is known of the samples.
+
+    Raises:
+        UsageError: Its argument `sample` is of another kind.
+    """
     if isinstance(loss, FrameLoss):
-        return loss(video, target, mask, seeds)
-    return loss(video, target, mask)
+        return loss.reads_sample
+    return declares_sample(loss.forward if isinstance(loss, nn.Module) else loss)
+
+
+def compare(
+    loss: Loss,
+    video: Tensor,
+    target: Tensor,
+    mask: Tensor | None = None,
+    seeds: Sequence[int] | None = None,
+    sample: Samples | None = None,
+) -> Tensor:
+    """`loss(video, target, mask)`, with random choices of frames decided by one seed a sample.
+
+    `sample` is what else is known, for losses that read it.
+    """
+    call: Any = loss
+    told = {"sample": sample} if reads_sample(loss) else {}
+    if isinstance(loss, FrameLoss):
+        return call(video, target, mask, seeds, **told)
+    return call(video, target, mask, **told)
 
 
 def frames_read(loss: Loss, total: int, seeds: Sequence[int]) -> list[list[int]]:

@@ -10,6 +10,8 @@ from torch import Tensor
 from ...common.errors import UsageError
 from ...common.loading import failing_as_usage_error
 from .protocol import Reward, check_scores, score
+from .reduction import Reduction
+from .samples import Samples
 
 
 def check_reward(
@@ -21,6 +23,8 @@ def check_reward(
     size: tuple[int, int] = (64, 64),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    sample: Samples | None = None,
+    reduce: Reduction | None = None,
 ) -> None:
     """Score a small random video and take its gradient.
 
@@ -32,16 +36,25 @@ def check_reward(
         size: Its height and width, in pixels.
         device: Where the probe lives, as the rollout's videos will.
         dtype: Floating-point type of the probe.
+        sample: What else is known of it, one entry for each prompt.
+        reduce: How scores of frames become one.
 
     Raises:
         UsageError: As `scores_and_gradient`.
     """
     generator = torch.Generator().manual_seed(0)
     video = torch.rand((len(prompts), frames, 3, *size), generator=generator).to(device, dtype)
-    scores_and_gradient(reward, name, video, list(prompts))
+    scores_and_gradient(reward, name, video, list(prompts), sample, reduce)
 
 
-def scores_and_gradient(reward: Reward, name: str, video: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def scores_and_gradient(
+    reward: Reward,
+    name: str,
+    video: Tensor,
+    prompts: list[str],
+    sample: Samples | None = None,
+    reduce: Reduction | None = None,
+) -> tuple[Tensor, Tensor]:
     """Scores `(B,)` of a video, and the gradient of their weighted sum to its pixels; sample b has the seed b.
 
     Raises:
@@ -51,7 +64,7 @@ def scores_and_gradient(reward: Reward, name: str, video: Tensor, prompts: list[
     video = video.detach().requires_grad_()
     with torch.enable_grad():
         with failing_as_usage_error(f"reward {name!r}, on a video {tuple(video.shape)},"):
-            scores = score(reward, video, prompts, range(len(prompts)))
+            scores = score(reward, video, prompts, range(len(prompts)), sample, reduce)
         scores = check_scores(f"reward {name!r}", scores, len(prompts))
     values = scores.detach().tolist()
     context = f"on a video {tuple(video.shape)} it scored {values}"

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ...common.errors import UsageError
+from ...common.errors import UsageError, located
 from ...common.loading import construct, unknown_name
-from .protocol import Reward
+from .protocol import Reward, reads_sample
 
 _Scorer = TypeVar("_Scorer")
 
@@ -33,7 +33,8 @@ def load_reward(name: str, /, **args: object) -> Reward:
         The reward; a `nn.Module` has its weights frozen, is in eval mode and still on the CPU.
 
     Raises:
-        UsageError: The name, module, file, attribute or an argument is wrong, or a package is not installed.
+        UsageError: The name, module, file, attribute or an argument is wrong, a package is not installed, or the reward
+            has an argument `sample` that is none of `Samples`.
     """
     location = name if ":" in name else _published(name)
     reward = construct("reward", name, location, args)
@@ -41,6 +42,8 @@ def load_reward(name: str, /, **args: object) -> Reward:
         raise UsageError(
             f"reward {name!r} made a {type(reward).__name__}, which cannot be called as reward(video, prompts)"
         )
+    with located(f"reward {name!r}"):
+        reads_sample(reward)
     return reward
 
 

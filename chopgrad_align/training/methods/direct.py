@@ -19,10 +19,12 @@ from ...objective.statistics import Statistics
 from ...objective.terms import Reference
 from ...sampling.call_shape import frames_asked
 from ...sampling.checkpointing import Checkpointing
+from ...sampling.outputs import sound_rate
 from ...sampling.predictions import Prediction, Sample
 from ...sampling.randomness import seeded_state
 from ...sampling.rollout import RolloutPart, rollout_parts
 from ...sampling.steps import StepPolicy
+from ..known_samples import known_samples
 from .base_distance import BaseDistance
 from .protocol import MicroBatch
 from .streaming import StreamedLosses, can_stream
@@ -92,12 +94,17 @@ class DirectGradient:
                 output_type="pt" if self.objective.reads_pixels else "latent",
                 steps_seed=batch.steps_seed,
                 observe=distance.observe if self.objective.reads_base else None,
+                audio=self.objective.reads_audio,
             )
             rows, rest = [], 1
             while rest:
                 with self.phases("sampling"):
                     part = next(made)
                 reference = replace(prepared.reference(), base_distance=distance.take())
+                if self.objective.reads_sample:
+                    sound = () if part.audio is None else part.audio
+                    known = known_samples(batch, self.pipe.device, [*sound], sound_rate(self.pipe))
+                    reference = replace(reference, sample=known)
                 rows.append(part.share * self._backward(part, batch, reference, streamed, statistics))
                 rest = part.rest
                 del part  # its video, before the next one is made

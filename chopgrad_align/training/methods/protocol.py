@@ -25,6 +25,8 @@ class MicroBatch:
         seeds: Of what the prediction draws, one a video.
         steps_seed: Of what a sampling policy draws; the same for all videos of a batch.
         videos: Of data with clips: `(B, F, C, H, W)` in [0, 1] for each role.
+        fps: Frames a second, one a video; None where they are not known.
+        rows: Columns of the row of the data that each video is of.
     """
 
     inputs: Mapping[str, Any]
@@ -34,6 +36,8 @@ class MicroBatch:
     seeds: Sequence[int] = ()
     steps_seed: int = 0
     videos: Videos = field(default_factory=dict)
+    fps: Sequence[float | None] = ()
+    rows: Sequence[Mapping[str, Any]] = ()
 
 
 class Method(Protocol):
