@@ -8,6 +8,7 @@ import types
 
 import pytest
 import tiny_pipelines
+import tiny_runs
 from every_pipeline import ENTRIES
 
 from chopgrad_align.common.errors import UsageError
@@ -27,6 +28,8 @@ from test_context import SHARED
 from test_rollout import add_lora
 from chopgrad_align import LastSteps, rollout
 from chopgrad_align.common.errors import UsageError
+from chopgrad_align.sampling.block_offload import offload_blocks
+from chopgrad_align.sampling.checkpointing import Checkpointing
 from chopgrad_align.sampling.denoisers import denoisers_of
 from chopgrad_align.training.context import split_tokens
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,12 +41,13 @@ for name, (make, call) in SHARED.items():
     pipe = make()
     for denoiser in denoisers_of(pipe).values():
         add_lora(denoiser)
-        if name == "checkpointed":
-            denoiser.enable_gradient_checkpointing()
+        if name == "offloaded":
+            offload_blocks(denoiser, torch.device("cpu"))
+    kept = Checkpointing("block", inputs="host") if name == "offloaded" else Checkpointing()
     weights = [w for denoiser in denoisers_of(pipe).values() for w in denoiser.parameters() if w.requires_grad]
 
     def outcome():
-        video = rollout(pipe, LastSteps(2), generator=torch.Generator().manual_seed(3), **call)
+        video = rollout(pipe, LastSteps(2), checkpointing=kept, generator=torch.Generator().manual_seed(3), **call)
         weighted(video).backward()
         gradient = torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights])
         for weight in weights:
@@ -76,7 +80,7 @@ def _entry(name):
 _TEXT = {"prompt": tiny_pipelines.PROMPTS[0], "num_inference_steps": 3, "guidance_scale": 3.0, **WAN}
 SHARED = {
     "wan": (tiny_pipelines.wan_t2v, _TEXT),
-    "checkpointed": (tiny_pipelines.wan_t2v, _TEXT),
+    "offloaded": (tiny_pipelines.wan_t2v, _TEXT),
     "pair": (lambda: tiny_pipelines.wan_t2v(two_stage=True), _TEXT),
     "image": (tiny_pipelines.wan_i2v, {**_TEXT, "image": tiny_pipelines.picture(size=32)}),
     "ltx": _entry("LTXPipeline"),
@@ -120,6 +124,12 @@ def test_what_cannot_be_split_is_said_before_sampling(kind, processes, call, sai
     else:
         with pytest.raises(UsageError, match=rf"parallel.context={processes}: .*{said}"):
             expect_splittable(pipe, [WAN | call], processes)
+
+
+def test_gradients_that_each_process_has_whole_are_refused(tmp_path):
+    options = ["parallel.context=2", "trainable.name=modules", "trainable.args.modules=[vae.decoder.conv_out]"]
+    with pytest.raises(UsageError, match=r"trainable: parallel.context=2 adds up gradients"):
+        tiny_runs.config(tmp_path, tmp_path, *options)
 
 
 @pytest.fixture

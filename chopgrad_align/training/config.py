@@ -584,8 +584,8 @@ class Config:
                 raise ValueError(f"lora.dora reads whole weights, which parallel.shard={self.parallel.shard} shards")
         if self.parallel.context > 1 and self.trainable is not None:
             raise ValueError(
-                f"trainable may have weights of which parallel.context={self.parallel.context} processes have no part "
-                "of the gradient, but the whole: leave one of them out"
+                f"trainable: parallel.context={self.parallel.context} adds up gradients of which each process has a "
+                "part, as those of a LoRA on the denoiser: leave one of them out"
             )
         if self.model.quantize:
             packed = f"model.quantize={self.model.quantize} packs"

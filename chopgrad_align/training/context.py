@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Those that split their tokens once and gather them once. Others gather and split in every block (Helios), where the
 # parts of a gradient are not disjoint, or have two kinds of tokens, of which one is whole everywhere (LTX-2).
-_SPLITTABLE = ("WanTransformer3DModel", "ChronoEditTransformer3DModel", "LTXVideoTransformer3DModel")
+_SPLITTABLE = ("WanTransformer3DModel", "LTXVideoTransformer3DModel")
 
 
 def expect_splittable(pipe: Any, calls: Iterable[Mapping[str, Any]], processes: int) -> None:
