@@ -51,6 +51,7 @@ class ObjectReward(FrameReward):
     ) -> None:
         super().__init__(frames=frames, frames_per_chunk=frames_per_chunk)
         self.detector = ObjectDetector(self.name, target, checkpoint, temperature)
+        self.exact_gradient = self.detector.queries.smooth
         self.requires_grad_(False).eval()
 
 
@@ -109,6 +110,7 @@ class ObjectDetector(nn.Module):
 
 class _Yolos(nn.Module):
     multiple_of = 16  # the processor's own rule
+    smooth = True
 
     def __init__(self, checkpoint: str, target: str, reward: str) -> None:
         super().__init__()
@@ -132,6 +134,7 @@ class _Yolos(nn.Module):
 
 class _GroundingDino(nn.Module):
     multiple_of = 1
+    smooth = False  # it ranks the places where an object may be: as two of them change ranks, its output jumps
 
     def __init__(self, checkpoint: str, target: str, reward: str) -> None:
         super().__init__()

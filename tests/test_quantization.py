@@ -155,7 +155,10 @@ def test_a_component_that_is_not_there_is_named(folder):
             "model.offload=blocks moves weights that model.quantize=nf4 packs",
         ),
         (["model.quantize=nf4", "model.loras.a.name=b/c"], "model.loras changes weights that model.quantize=nf4 packs"),
-        (["model.quantize=nf4", "trainable.name=modules"], "trainable changes weights that model.quantize=nf4 packs"),
+        (
+            ["model.quantize=nf4", "~lora", "trainable.name=modules"],
+            "trainable changes weights that model.quantize=nf4 packs",
+        ),
     ],
     ids=["kind", "vae", "dora", "shard", "offload", "loras", "trainable"],
 )

@@ -302,10 +302,11 @@ def finite_differences(
     """
     seen: list[_Comparison] = []
     for found in _comparisons(reward, name, video, prompts, known):
-        if found.error <= _TOLERANCE and (not seen or seen[-1].error <= _COARSER):
+        sudden = bool(seen) and seen[-1].error > _COARSER
+        if found.error <= _TOLERANCE and not sudden:
             return found.error, found.step
         seen.append(found)
-        if _stays([comparison.error for comparison in seen]):
+        if found.error <= _TOLERANCE or _stays([comparison.error for comparison in seen]):
             break
     best = min(seen, key=lambda comparison: comparison.error)
     raise UsageError(

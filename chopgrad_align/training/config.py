@@ -631,7 +631,8 @@ class Config:
 
     @model_validator(mode="after")
     def _memory(self) -> Config:
-        if self.model.offload and self.checkpointing().block_stride != 1:
+        stride = self.checkpointing().block_stride
+        if self.model.offload and stride != 1:
             raise ValueError(
                 f"model.offload={self.model.offload}: the backward pass would have all blocks on the device; "
                 "set gradient.denoiser.checkpoint=block"
