@@ -247,7 +247,7 @@ def test_the_section_on_gradients_becomes_a_policy():
         (["gradient.decoder=full", "gradient.cache_sets=3"], r"cache_sets has no effect with decoder=full"),
         (
             ["rewards.colour=colorfulness"],
-            r"rewards.colour: expected a section with the keys name, weight, cap, target, normalize, reduce, args, got 'c",
+            r"rewards.colour: expected a section with the keys name, weight, cap, target, normalize, reduce, args, got",
         ),
         (["rewards.colour.normalise=true"], r"unknown key 'rewards.colour.normalise'; did you mean 'normalize'\?$"),
         (["rewards.colour.cap=high"], r"rewards.colour.cap: expected a valid number, .*got 'high'$"),
