@@ -127,7 +127,7 @@ def test_what_cannot_be_split_is_said_before_sampling(kind, processes, call, sai
 
 
 def test_gradients_that_each_process_has_whole_are_refused(tmp_path):
-    options = ["parallel.context=2", "trainable.name=modules", "trainable.args.modules=[vae.decoder.conv_out]"]
+    options = ["parallel.context=2", "~lora", "trainable.name=modules", "trainable.args.modules=[vae.decoder.conv_out]"]
     with pytest.raises(UsageError, match=r"trainable: parallel.context=2 adds up gradients"):
         tiny_runs.config(tmp_path, tmp_path, *options)
 
