@@ -40,7 +40,7 @@ rewards: {hps: {weight: 0.5}}
 ```
 
 `--print-config` shows the merged one, as `config.yaml` in the run's folder does. Memory is what
-`python scripts/plan.py --config FILE` counts for the config as it is, without a card ([planner](planner.md)): the peak
+`chopgrad-align plan --config FILE` counts for the config as it is, without a card ([planner](planner.md)): the peak
 on the device, its phase, and host memory. The sources of a config's settings are links in its header.
 """
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from chopgrad_align import Checkpointing, Full, LastSteps, Steps, UsageError, rollout
 from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.sampling.rollout import rollout_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
@@ -57,18 +58,19 @@ def test_forwards_of_blocks(way, forwards):
 
 
 def counted(way, policy=LastSteps(2), layers=6):  # noqa: B008 (frozen)
-    """Bytes on the device and on the host after the forward pass, and at the peak of the backward pass."""
+    """Bytes on the device and on the host after the forward pass, and at the peak of the backward pass, of latents."""
     pipe, call = make("wan_euler")
     blocks = pipe.transformer.blocks
     blocks.extend([blocks[-1]] * (layers - len(blocks)))
     with StorageCount() as count:
-        frames = rollout(pipe, policy, Full(), checkpointing=WAYS[way], **call, generator=generators())
-        loss = frames.mean()
+        call = {**call, "generator": generators()}
+        parts = rollout_parts(pipe, call, policy, Full(), checkpointing=WAYS[way], output_type="latent")
+        loss = next(parts).video.mean()
         held, waiting = count.now, count.host
         count.peak, count.host_peak = count.now, count.host
         loss.backward()
         peaks = count.peak, count.host_peak
-        del frames, loss
+        del parts, loss
         assert count.host == 0
     return held, waiting, *peaks
 

@@ -121,7 +121,9 @@ def installed(tmp_path_factory):
     # read in site folders alone.
     (site / "libraries.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     python = folder / "venv" / "bin" / "python"
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "--python", python, "install", "--ignore-installed", "--no-deps", "--no-index", str(wheel)], check=True
+    )
     return python.parent
 
 

@@ -238,6 +238,13 @@ def test_the_section_on_gradients_becomes_a_policy():
             r"model.gradient_checkpointing: expected a valid boolean, .*'perhaps'",
         ),
         (["model.call=3"], r"model.call: expected a valid dictionary, got 3$"),
+        (["model.offload=blocks"], r"model.offload=blocks: .*; set gradient.denoiser.checkpoint=block$"),
+        (
+            ["model.offload=blocks", "gradient.denoiser.checkpoint=block", "parallel.shard=2"],
+            r"model.offload=blocks moves whole weights, which parallel.shard=2 shards: leave one of them out$",
+        ),
+        (["gradient.denoiser.inputs=host"], r"checkpoint='call', inputs='host'\): .*; use checkpoint='block'$"),
+        (["gradient.decoder=full", "gradient.cache_sets=3"], r"cache_sets has no effect with decoder=full"),
         (
             ["rewards.colour=colorfulness"],
             r"rewards.colour: expected a section with the keys name, weight, cap, target, normalize, args, got 'c",

@@ -1,15 +1,14 @@
 """The tutorial on rewards of one's own, followed from its first line to its last: files, commands, what they say."""
 
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny_runs import rows
 
+from chopgrad_align.__main__ import main
 from chopgrad_align.objective.reward import load_reward
 from chopgrad_align.training.config_file import load_config
 
@@ -22,13 +21,12 @@ TINY = [
 ]
 
 
-def follow(command, monkeypatch, extra=()):
+def follow(command, extra=()):
     """Run a command of the tutorial in this process; its exit status."""
     words = shlex.split(command.replace("\\\n", " "), comments=True)
-    script = next(word for word in words if word.startswith("scripts/"))
-    monkeypatch.setattr(sys, "argv", [script, *words[words.index(script) + 1 :], *extra])
+    assert words[0] == "chopgrad-align"
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        main([*words[1:], *extra])
     except SystemExit as stop:
         return stop.code
     return 0
@@ -46,9 +44,9 @@ def test_the_tutorial_from_its_first_line_to_its_last(extra, tmp_path, monkeypat
             name = re.match(r"# (\w+\.py)\n", text)[1]
             (tmp_path / name).write_text(text)
         elif language == "bash":
-            status = follow(text, monkeypatch, extra if "align.py" in text else ())
+            status = follow(text, extra if "chopgrad-align align" in text else ())
             captured = capsys.readouterr()
-            done.append(re.search(r"scripts/(\w+)\.py", text)[1])
+            done.append(re.search(r"chopgrad-align ([\w-]+)", text)[1])
             assert status == (2 if "# fails" in text else 0), captured.err
             if following.startswith("clip"):  # the figures are those of a machine, the rest is what is printed
                 labels = [line[:20] for line in following.splitlines()]
@@ -56,7 +54,7 @@ def test_the_tutorial_from_its_first_line_to_its_last(extra, tmp_path, monkeypat
                 assert captured.out.splitlines()[1:4] == following.splitlines()[1:4]
             if following.startswith("error"):
                 assert following.split("(…)")[0] in captured.err
-    assert done == ["check_reward", "check_reward", "align", "score", "check_reward", "check_reward"]
+    assert done == ["check-reward", "check-reward", "align", "score", "check-reward", "check-reward"]
 
     run = tmp_path / "runs" / "warm"
     for row in rows(run):

@@ -160,9 +160,66 @@ def test_two_processes_that_share_one_denoiser_compute_what_one_does(config, tmp
     assert held == [weight.numel() * (2 if options else 4) // 2] * 2
 
 
-def held_by_ranks(folder):
-    """Of both processes the trained weights, and the bytes that they hold of a frozen one."""
-    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+# AdamW whose step is smooth about a gradient of zero, of which rounding would decide the sign.
+ON_ONE_CLIP = [*OVERRIDES, "gradient.last_steps=2", "train.optimizer.name=torch.optim.AdamW"]
+ON_ONE_CLIP += ["train.optimizer.args.eps=1e-4"]
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The run that one process makes, with two steps that carry gradient."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(load_config(config, [*ON_ONE_CLIP, f"run.folder={run}"]))
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (2, ["parallel.context=2"]),
+        (2, ["parallel.context=2", "parallel.shard=2"]),
+        (4, ["parallel.context=2", "parallel.shard=2"]),
+    ],
+    ids=["context", "within", "product"],
+)
+def test_processes_that_work_on_one_clip_compute_what_one_does(config, alone, tmp_path, processes, layout):
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    run = [f"run.folder={tmp_path}/run", f"rewards.mean.args.world={processes}", *layout]
+    done = launch(processes, driver, tmp_path, tiny_runs.SCRIPT, "--config", config, *ON_ONE_CLIP, *run)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out reward") == 1
+    for step in (1, 3):
+        expect_close(moments(tmp_path / "run", step), moments(alone, step), 1e-5)
+        expect_close(flat_lora(tmp_path / "run", step), flat_lora(alone, step), 1e-5)
+    for one, several in zip(rows(alone), rows(tmp_path / "run"), strict=True):
+        assert numbers(several) == pytest.approx(numbers(one), rel=1e-4)
+    expect_same_held_out(alone, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "samples" / "after").glob("*.mp4"))) == 3
+    trained, held = held_by_ranks(tmp_path, processes)
+    assert all(
+        torch.equal(weight, other) for weights in trained for weight, other in zip(weights, trained[0], strict=True)
+    )
+    weight = tiny_pipelines.wan_t2v().transformer.blocks[0].ffn.net[0].proj.weight
+    assert held == [weight.numel() * 4 // len(layout)] * processes
+
+
+@pytest.mark.slow
+def test_a_run_with_two_processes_a_clip_is_continued_by_one(config, alone, tmp_path):
+    options = [*ON_ONE_CLIP, f"run.folder={tmp_path}/run"]
+    two = ["train.steps=1", "parallel.context=2", "rewards.mean.args.world=2"]
+    done = launch(2, tiny_runs.SCRIPT, "--config", config, *options, *two)
+    assert done.returncode == 0, done.stderr
+    saved = tmp_path / "run" / "config.yaml"
+    saved.write_text(saved.read_text().replace("world: 2", "world: 1"))
+    train(load_config(config, options), resume=True)
+    expect_close(flat_lora(tmp_path / "run", 3), flat_lora(alone, 3), 1e-5)
+
+
+def held_by_ranks(folder, processes=2):
+    """Of all processes the trained weights, and the bytes that they hold of a frozen one."""
+    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(processes)]
     return [weights for *weights, _ in ranks], [held for *_, held in ranks]
 
 

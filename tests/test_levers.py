@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chopgrad_align import Exact, Truncated, UsageError, decode, decode_loss
 from chopgrad_align.common.storage_count import StorageCount
+from chopgrad_align.decoding.binomial import steps_forward
 from chopgrad_align.decoding.graph import Graph
 from chopgrad_align.decoding.memory_efficient_layers import MemoryEfficientLayers, framewise
 from chopgrad_align.decoding.offload import Device, Host
@@ -319,6 +320,16 @@ def test_memory_of_wan_at_its_real_size():
     per_latent_frame = long - short
     assert per_latent_frame < 0.1
     assert long + 16 * per_latent_frame <= 4  # at 81 frames
+
+
+@pytest.mark.slow
+def test_memory_of_few_sets_of_caches_of_wan():
+    backprop = Exact(cache="host", rows=64, cache_sets=4)
+    (_, short), (device, long) = (_full_size_peak(backprop, 480, 832, frames) for frames in (25, 29))
+    assert long == short <= 12  # whatever the number of frames
+    assert device <= 4
+    # At 81 frames, or 21 groups; all that is there without it is 3F + B, with B = 2F.
+    assert steps_forward(21, 4) - 20 <= 0.35 * 5 * 21
 
 
 @pytest.mark.slow

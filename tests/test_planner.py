@@ -72,7 +72,7 @@ def learned_rewards(folder):
     [
         ("wan_t2v", ["gradient.cache=host", "model.gradient_checkpointing=true", "gradient.last_steps=2"]),
         ("wan_t2v", ["gradient.checkpoint=false", "train.micro_batch=2", "gradient.denoiser.checkpoint=none"]),
-        ("wan_t2v", ["gradient.denoiser={checkpoint: block, inputs: host}", "model.dtype=bfloat16"]),
+        ("wan_t2v", ["gradient.denoiser={checkpoint: block, inputs: host}", "model.offload=blocks"]),
         ("cogvideox", ["gradient.cache=recompute", "gradient.denoiser.checkpoint=2"]),
         ("animatediff", []),
         pytest.param("wan_i2v", ["gradient.cache=host"], marks=pytest.mark.slow),
@@ -495,7 +495,7 @@ def pretended(config, limit):
     ("gib", "chosen"),
     [
         (80, {"cache": "device", "checkpoint": False, "rows": None, "chunk": None, "denoiser": "none", "batch": 2}),
-        (24, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": "none", "batch": 2}),
+        (24, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": "call", "batch": 2}),
         (20, {"cache": "host", "checkpoint": False, "rows": None, "chunk": None, "denoiser": "block", "batch": 2}),
         (13, {"cache": "host", "checkpoint": True, "rows": None, "chunk": None, "denoiser": "block", "batch": 2}),
         (8, {"cache": "host", "checkpoint": True, "rows": 128, "chunk": None, "denoiser": "block", "batch": 2}),

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..common.files import whole_file
+from ..common.stored_tensors import stored_tensors
 
 _SAMPLED = 64  # values of each weight that tell one checkpoint from another
 
@@ -119,7 +120,8 @@ def fingerprint(module: nn.Module) -> str:
     Training changes nearly every value of a weight, so a few are enough, and the size of the model does not matter.
     """
     key = hashlib.sha256(type(module).__name__.encode())
-    for name, weight in module.state_dict().items():
+    stored = ((name, part) for name, weight in module.state_dict().items() for part in stored_tensors(weight))
+    for name, weight in stored:
         count = min(_SAMPLED, weight.numel())
         places = torch.arange(count, device=weight.device) * weight.numel() // max(count, 1)
         values = weight.detach().flatten()[places].double().cpu()

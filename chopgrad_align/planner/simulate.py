@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UsageError
 from ..common.storage_count import StorageCount
+from ..common.stored_tensors import stored_tensors
 from ..data.buckets import Bucket
 from ..decoding.backprop import Backprop
 from ..decoding.selected_frames import decode_selected_frames
@@ -306,7 +307,7 @@ def _sizes(parts: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _bytes(module: nn.Module) -> int:
-    tensors = (*module.parameters(), *module.buffers())
+    tensors = [part for tensor in (*module.parameters(), *module.buffers()) for part in stored_tensors(tensor)]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,9 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..objective.objective import Objective
+from ..training.quantization import KINDS, Quantization
+from .quantized import quantize_stand_ins
 
 
 @contextmanager
@@ -42,12 +44,18 @@ def weightless(mode: FakeTensorMode, hub: Path) -> Iterator[None]:
             (open_clip, "create_model", functools.partial(_of_open_clip, mode, open_clip.create_model)),
             (WeightsEnum, "get_state_dict", _of_torchvision),
             (nn.Module, "_apply", _apply),
+            *((type(kind), "settings", _settings) for kind in KINDS.values()),
+            *((type(kind), "loadable", lambda kind: nullcontext()) for kind in KINDS.values()),
             (constants, "HF_HUB_CACHE", str(hub)),
             (constants, "HF_HUB_OFFLINE", True),
             (torch.hub, "get_dir", lambda: str(hub)),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield
+
+
+def _settings(kind: Quantization, library: Any, dtype: torch.dtype) -> dict[str, Any]:
+    return {"quantize": kind}
 
 
 def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) -> Any:
@@ -58,6 +66,9 @@ def _of_diffusers(mode: FakeTensorMode, cls: Any, source: str, **settings: Any) 
     for name, parameter in model.named_parameters():  # as the loader does
         if any(part in name.split(".") for part in cls._keep_in_fp32_modules or ()):
             parameter.data = parameter.data.float()
+    if kind := settings.get("quantize"):
+        with mode:
+            quantize_stand_ins(model, kind, {*(cls._keep_in_fp32_modules or ())})
     return model.eval()
 
 
@@ -70,7 +81,17 @@ def _of_transformers(mode: FakeTensorMode, cls: Any, pretrained_model_name_or_pa
     with mode, no_init_weights():  # whose random numbers some models look at
         model = cls._from_config(config, dtype=dtype).eval()
         model.tie_weights()
+    if kind := settings.get("quantize"):
+        with mode:
+            quantize_stand_ins(model, kind, _kept_by_transformers(model, kind))
     return (model, {"missing_keys": set()}) if settings.get("output_loading_info") else model
+
+
+def _kept_by_transformers(model: Any, kind: Quantization) -> set[str]:
+    from transformers.quantizers.base import HfQuantizer
+
+    precise = model._keep_in_fp32_modules if kind.keeps_float32_layers else None
+    return {*HfQuantizer.get_modules_to_not_convert(model, None, precise)}
 
 
 def _of_open_clip(mode: FakeTensorMode, create_model: Callable[..., Any], name: str, *_: Any, **settings: Any) -> Any:
@@ -124,11 +145,12 @@ def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
 
 
 _EMBEDDINGS = 2**20  # elements
+_LARGE = 2**24
 
 
 class Simulation(FakeTensorMode):
     """Fake tensors; but what is made of real tensors alone, or of integers, stays real, as do `torch.linspace`, a
-    single random number, and zeros that are no more than a picture's embeddings.
+    single random number, and zeros that are no more than a picture's embeddings; nothing that is large does.
 
     So the tables of a scheduler, time steps, guidance scales, tokens, their masks and absent conditions have values,
     which pipelines, models and rewards branch on; whatever a fake tensor takes part in is fake.
@@ -144,12 +166,26 @@ class Simulation(FakeTensorMode):
             dtype = (kwargs or {}).get("dtype")
             counted = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
             zeros = func.overloadpacket is torch.ops.aten.zeros and math.prod(args[0]) <= _EMBEDDINGS
-            if given or number or counted or zeros or func.overloadpacket is torch.ops.aten.linspace:
+            made = number or counted or zeros or func.overloadpacket is torch.ops.aten.linspace
+            if made or (given and not self._makes_large(func, args, kwargs or {})):
                 with unset_fake_temporarily():
                     return func(*args, **(kwargs or {}))
         elif func is torch.ops.aten.index.Tensor:
             args = (args[0], _positions(args[1]), *args[2:])
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _makes_large(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """True if real tensors give one too large to be made, such as an attention's mask of all pairs of tokens."""
+        sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if math.prod(sizes) <= _LARGE or func._schema.is_mutable:
+            return False
+        with unset_fake_temporarily():
+            shapes, named = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+            try:
+                made = func(*shapes, **named)
+            except (NotImplementedError, RuntimeError):  # it depends on values
+                return False
+        return sum(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, Tensor)) > _LARGE
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..common.errors import UsageError
 from ..decoding.offload import Host
@@ -66,11 +66,11 @@ class _OffloadedBlocks:
 
     @contextmanager
     def _on_device(self, number: int) -> Iterator[None]:
-        values = self._place.load(self._stored[number])
+        values: list[Any] = self._place.load(self._stored[number])
         self._place.prefetch(*self._next(number))
         # In the place of the parameters, and not in their storage: a graph keeps what it was recorded with.
         for (module, name, _), value in zip(self._weights[number], values, strict=True):
-            module._parameters[name] = value  # type: ignore[assignment] (a tensor does)
+            module._parameters[name] = value
         del values
         try:
             yield
@@ -86,7 +86,7 @@ class _OffloadedBlocks:
         return self._stored[number + way : number + way + 1] if number + way >= 0 else []
 
 
-def _frozen(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+def _frozen(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     return [
         (module, name, weight)
         for module in block.modules()

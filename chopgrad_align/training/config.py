@@ -37,6 +37,7 @@ from .config_values import (
     Pixels,
     Positive,
     PositiveFloat,
+    Quantized,
     Seed,
     Targets,
     TermName,
@@ -103,6 +104,9 @@ class Model:
     dtype: Dtype = "float32"
     """Precision of the frozen weights; the LoRA is always float32."""
     vae_dtype: Dtype = "float32"
+    quantize: Quantized | dict[Name, Quantized] = field(default_factory=dict)
+    """Store frozen weights in fewer bits, as they are loaded: nf4 (bitsandbytes), int8 or fp8 (torchao), of the
+    denoisers; or of each component by its name, such as {transformer: nf4, text_encoder: int8}. See docs/scale.md."""
     variant: Name | None = None
     """Variant of the weight files, such as fp16."""
     revision: Name | None = None
@@ -523,6 +527,10 @@ class Parallel:
     shard: Positive = 1
     """Processes that share one copy of the frozen denoisers, by FSDP2: each keeps a part of every block, and gathers
     the others when the block runs. The number of processes is a multiple of it."""
+    context: Positive = 1
+    """Processes that work on the tokens of one clip together, in the denoiser, each on an equal share: for clips that
+    are too large, or too slow, for one. The number of processes is a multiple of it, and batch and held-out pairs are
+    shared out among groups of so many. Goes with any `shard`; see docs/scale.md."""
     timeout: PositiveFloat = 1800.0
     """Seconds that processes wait for each other; then the run ends with an error, since one of them hangs."""
 
@@ -574,6 +582,24 @@ class Config:
                     )
             if self.lora.dora:
                 raise ValueError(f"lora.dora reads whole weights, which parallel.shard={self.parallel.shard} shards")
+        if self.parallel.context > 1 and self.trainable is not None:
+            raise ValueError(
+                f"trainable: parallel.context={self.parallel.context} adds up gradients of which each process has a "
+                "part, as those of a LoRA on the denoiser: leave one of them out"
+            )
+        if self.model.quantize:
+            packed = f"model.quantize={self.model.quantize} packs"
+            if "vae" in self.model.quantize:
+                raise ValueError("model.quantize.vae: pixels and their gradient are the decoder's own: leave it out")
+            for key, asked in (("trainable", self.trainable), ("model.loras", self.model.loras)):
+                if asked:
+                    raise ValueError(f"{key} changes weights that {packed}: leave one of the two out")
+            if self.lora.dora:
+                raise ValueError(f"lora.dora reads whole weights, which {packed}: leave one of the two out")
+            if self.parallel.shard > 1:
+                raise ValueError(f"parallel.shard={self.parallel.shard} cuts weights that {packed}: choose one")
+            if self.model.offload:
+                raise ValueError(f"model.offload={self.model.offload} moves weights that {packed}: choose one")
         for name, reward in self.rewards.items():
             if reward.weight == 0:
                 raise ValueError(

@@ -76,4 +76,5 @@ TermName = Annotated[str, AfterValidator(_term_name)]
 """Name of a reward or a loss, in keys of metrics and in columns of prompt files."""
 Targets = Annotated[list[str] | str, BeforeValidator(_targets)]
 EachOnce = AfterValidator(_each_once)
+Quantized = Literal["nf4", "int8", "fp8"]
 Dtype = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_no_float16)]

@@ -326,13 +326,16 @@ def _misfit(module: nn.Module | None, parts: Named) -> str:
     a, b = parts.get("lora_A.weight"), parts.get("lora_B.weight")
     if a is None or b is None:
         return "one of the two factors is missing"
-    weight = getattr(getattr(module, "base_layer", module), "weight", None)
+    layer = getattr(module, "base_layer", module)
+    weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim not in (2, 4, 5):
         return f"the layer is a {type(module).__name__}"
-    given, own = (b.shape[0], *a.shape[1:]), tuple(weight.shape)
+    # A quantised weight is stored in another shape.
+    own = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else tuple(weight.shape)
+    given = (b.shape[0], *a.shape[1:])
     if given != own or a.shape[0] != b.shape[1]:
         return f"{tuple(a.shape)} and {tuple(b.shape)} for a weight of {own}"
-    if "lora_B.bias" in parts and getattr(getattr(module, "base_layer", module), "bias", None) is None:
+    if "lora_B.bias" in parts and getattr(layer, "bias", None) is None:
         return "a bias, which the layer has not"
     return ""
 

@@ -67,8 +67,9 @@ def evaluate(
     share: tuple[int, int] = (0, 1),
     videos: tuple[Path, int, float] | None = None,
     interrupted: Callable[[], int] = lambda: 0,
+    shown: bool = True,
 ) -> Scores:
-    """Score this process's share of the held-out pairs; random frames are those of the pair's seed.
+    """Score one share of the held-out pairs; random frames are those of the pair's seed.
 
     Every process makes equally many calls of the pipeline, since processes may share one model: where pairs do not go
     round, the last ones repeat pairs of others, and drop the scores.
@@ -77,22 +78,23 @@ def evaluate(
         witnesses: Observe the videos beside the objective.
         pairs: How many there are.
         batch: How many are predicted at a time.
-        share: This process's rank and the number of processes.
+        share: Which one, of how many.
         videos: Folder, number and frames per second of the mp4 files to write, of the first pairs of all; conditions
             and targets, if there are any, go into folders beside it, once.
         interrupted: Asked before each batch, and of one mind in all processes; the rest is left out if it is not 0.
+        shown: Whether there is a bar.
 
     Returns:
         The scores of the share.
     """
-    rank, world = share
-    count = math.ceil(pairs / world)
-    start = min(rank * count, pairs - count)
-    repeated, stop = min(rank * count - start, count), start + count
+    place, shares = share
+    count = math.ceil(pairs / shares)
+    start = min(place * count, pairs - count)
+    repeated, stop = min(place * count - start, count), start + count
     terms = list(objective.terms)
     scores = Scores([], {n: [] for n in terms}, {n: [] for n in terms}, {n: [] for n in witnesses})
     with (
-        tqdm(total=stop - start, desc="held-out", leave=False, disable=rank != 0) as bar,
+        tqdm(total=stop - start, desc="held-out", leave=False, disable=not shown) as bar,
         on_device(witnesses, pipe.device),
     ):
         for first in range(start, stop, batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from .config import Config, Loss, Model, Reward
 from .config import Term as OwnTerm
 from .lora import TRAINED, fuse_lora
 from .lora_files import lora_file, open_lora
+from .quantization import check_quantization, kinds_by_component, read_quantized
 from .schedulers import replaced_scheduler
 from .sharding import read_sharded
 
@@ -53,6 +55,7 @@ def read_pipeline(
     pipeline: str | None = None,
     components: Mapping[str, str] | None = None,
     mesh: DeviceMesh | None = None,
+    quantize: str | Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """Load a diffusers pipeline from its folder or from the hub.
 
@@ -65,9 +68,10 @@ def read_pipeline(
         pipeline: Class of diffusers; default: that which the repository names.
         components: Folder or hub id of models in the place of the pipeline's own, or beside them.
         mesh: Processes among which the denoisers are sharded.
+        quantize: Kind of quantisation of the denoisers, or of each of some components.
 
     Raises:
-        UsageError: As `check_pipeline`, and if it cannot be loaded.
+        UsageError: As `check_pipeline`, a component to quantise that is not there, and if it cannot be loaded.
     """
     import diffusers
     from diffusers import AutoModel
@@ -76,16 +80,29 @@ def read_pipeline(
     cls = pipeline_class(pipeline)
     dtype = {component: getattr(torch, dtype) for component, dtype in dtypes.items()}
     try:
-        others = {
-            key: AutoModel.from_pretrained(where, dtype=dtype.get(key, dtype["default"]))
-            for key, where in (components or {}).items()
-        }
-        if mesh is not None:
+        others: dict[str, Any] = {}
+        chosen: dict[str, str] = {}
+        if mesh is not None or quantize:
             config = cls.load_config(name, revision=revision)
-            others = _sharded_denoisers(name, config, dtype, variant, revision, mesh) | others
+            chosen = kinds_by_component(quantize, {key for key, part in config.items() if part != [None, None]})
+            own = {"variant": variant, "revision": revision}
+            for key, kind in chosen.items():
+                found = (components or {}).get(key)
+                library, model = config[key] if found is None else ("diffusers", "AutoModel")
+                place = {"source": name, "subfolder": key, **own} if found is None else {"source": found}
+                others[key] = read_quantized(kind, library, model, dtype=dtype.get(key, dtype["default"]), **place)
+            if mesh is not None:
+                others = _sharded_denoisers(name, config, dtype, variant, revision, mesh)
             # DiffusionPipeline itself overlooks components that are given and may be absent, and loads them.
             cls = getattr(diffusers, config["_class_name"], cls) if pipeline is None else cls
+        others |= {
+            key: AutoModel.from_pretrained(where, dtype=dtype.get(key, dtype["default"]))
+            for key, where in (components or {}).items()
+            if key not in chosen
+        }
         return cls.from_pretrained(name, dtype=dtype, variant=variant, revision=revision, **others)
+    except UsageError:
+        raise
     except Exception as error:  # of diffusers, transformers, safetensors and the hub, each of which has its own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = "check its files" if Path(name).exists() else "check the name and the network"
@@ -132,6 +149,7 @@ def check_model(model: Model) -> None:
     """Raise a UsageError for what of a model's settings can be seen to be wrong before anything is loaded."""
     check_pipeline(model.name, "model.name")
     pipeline_class(model.pipeline)
+    check_quantization(model.quantize)
     for name, component in model.components.items():
         if not Path(component).exists():
             _expect_hub_id(component, f"model.components.{name}", "folder")
@@ -161,6 +179,7 @@ def load_pipeline(model: Model, mesh: DeviceMesh | None = None) -> Any:
         model.pipeline,
         model.components,
         mesh,
+        model.quantize,
     )
     for name, lora in model.loras.items():
         with located(f"model.loras.{name}"):

@@ -1,4 +1,4 @@
-"""Who holds what and who works on which clip: replicas of the model, whole or sharded, each with clips of its own."""
+"""Who holds what and who works on which clip: one process or a few on a clip, with a model that is whole or sharded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_launch() -> None:
     if on_cpu and several and not any(rank in os.environ for rank in ranks):
         raise UsageError(
             "accelerate launch --cpu starts one process, whatever --num_processes says; for several on the CPU: "
-            "torchrun --nproc_per_node N scripts/align.py …"
+            "torchrun --nproc_per_node N -m chopgrad_align align …"
         )
 
 
@@ -61,14 +61,20 @@ class LostContactError(RuntimeError):
 
 
 class Replicas:
-    """The processes of a run; each works on clips of its own.
+    """The processes of a run, in groups of those that work on the same clips; each group has clips of its own.
 
     Args:
-        shard: So many of them, next to each other, share one copy of the frozen denoisers.
         trackers: Names of experiment trackers.
         folder: Where those keep their files.
         threads: CPU threads of this process; default `OMP_NUM_THREADS`, or else its share of the cores.
         timeout: Seconds that processes wait for each other.
+        shard: So many processes, next to each other, share one copy of the frozen denoisers.
+        context: So many, next to each other, are a group.
+
+    Attributes:
+        groups: How many there are.
+        group: That of this process.
+        first: True for the first process of a group, which speaks for it.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class Replicas:
         threads: int | None = None,
         timeout: float = 1800.0,
         shard: int = 1,
+        context: int = 1,
     ) -> None:
         self._timeout = timeout
         self._accelerator = Accelerator(
@@ -90,12 +97,14 @@ class Replicas:
         self.device, self.is_main = self._accelerator.device, self._accelerator.is_main_process
         if self.device.type == "cpu":
             torch.set_num_threads(threads or _threads_of_the_environment() or _share_of_the_cores())
-        if self.world % shard:
-            raise UsageError(
-                f"parallel.shard={shard}: expected a divisor of the number of processes, {self.world}; launch more or "
-                "set parallel.shard=1"
-            )
-        self._shard = shard
+        for key, size in (("shard", shard), ("context", context)):
+            if self.world % size:
+                raise UsageError(
+                    f"parallel.{key}={size}: expected a divisor of the number of processes, {self.world}; launch more "
+                    f"or set parallel.{key}=1"
+                )
+        self._shard, self._context = shard, context
+        self.groups, self.group, self.first = self.world // context, self.rank // context, self.rank % context == 0
 
     def sharing(self) -> DeviceMesh | None:
         """The processes that share one copy of the frozen denoisers with this one; None: each holds the whole."""
@@ -104,34 +113,49 @@ class Replicas:
         shape = (self.world // self._shard, self._shard)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))["shard"]
 
+    def context(self) -> DeviceMesh | None:
+        """The groups, with the names that diffusers' context parallelism has for dimensions; None: of one process."""
+        if self._context == 1:
+            return None
+        shape = (self.groups, 1, self._context)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("group", "ring", "ulysses"))
+
     def shares(self, batch_size: int, micro_batch: int) -> list[range]:
         """Places of the batch that this process works on, a micro-batch at a time.
 
         Raises:
-            UsageError: The batch is no multiple of processes and micro-batch.
+            UsageError: The batch is no multiple of processes, or groups of them, and micro-batch.
         """
-        local = batch_size // self.world
+        local = batch_size // self.groups
         together = min(micro_batch, max(local, 1))
-        if batch_size % (self.world * together):
+        if batch_size % (self.groups * together):
             raise UsageError(
-                f"train.batch_size={batch_size} must be a multiple of processes × micro_batch = "
-                f"{self.world} × {together}"
+                f"train.batch_size={batch_size} must be a multiple of {self.workers} × micro_batch = "
+                f"{self.groups} × {together}"
             )
-        starts = range(self.rank * local, (self.rank + 1) * local, together)
+        starts = range(self.group * local, (self.group + 1) * local, together)
         return [range(start, start + together) for start in starts]
 
+    @property
+    def workers(self) -> str:
+        """What works on clips of its own, in words."""
+        return "processes" if self._context == 1 else f"groups of {self._context} processes"
+
     def gather(self, rows: Tensor) -> Tensor:
-        """Rows of all processes, in the order of ranks, on the CPU."""
+        """Rows of all groups, in order, on the CPU."""
+        return self._gather(rows).unflatten(0, (self.groups, self._context, -1))[:, 0].flatten(0, 1)
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """Gather a thing from each group, in order."""
+        with self._others():
+            return gather_object([thing])[:: self._context]
+
+    def _gather(self, rows: Tensor) -> Tensor:
         with self._others():
             return self._accelerator.gather(rows).cpu()
 
-    def gather_objects(self, thing: Any) -> list[Any]:
-        """Gather a thing from each process, in the order of ranks."""
-        with self._others():
-            return gather_object([thing])
-
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Add up gradients over the processes.
+        """Add up gradients over the processes: of their clips, and of their parts of a clip.
 
         The pipeline calls the bare denoiser, past the wrapper by which DistributedDataParallel would see the backward
         pass. A weight that no process has a gradient of keeps none, so that weight decay leaves it alone too.
@@ -155,7 +179,7 @@ class Replicas:
         """The greatest number that any process has."""
         if self.world == 1:
             return number
-        return int(self.gather(torch.tensor([number], device=self.device)).max())
+        return int(self._gather(torch.tensor([number], device=self.device)).max())
 
     def on_main(self, function: Callable[[], T]) -> T:
         """The result of a function on the main process, the only one that calls it; its UsageError is raised by all."""

@@ -96,10 +96,14 @@ def expect_same_inputs(config: Config, folder: RunFolder, allow_changed: bool) -
             "what is there now by --allow-changed"
         )
     before, now = facts.get("processes"), int(os.environ.get("WORLD_SIZE", "1"))
-    if before not in (None, now) and draws_by_micro_batch(config):
+    said = f"{before} process(es), not {now}"
+    if before in (None, now):
+        before, now = facts.get("context", 1), config.parallel.context
+        said = f"parallel.context={before}, not {now}"
+    if before != now and draws_by_micro_batch(config):
         raise UsageError(
-            f"--resume: the run had {before} process(es), not {now}, and what is drawn with lora.dropout or "
-            "prediction.mode=denoise depends on that; take as many, or go on otherwise by --allow-changed"
+            f"--resume: the run had {said}, and what is drawn with lora.dropout or prediction.mode=denoise depends on "
+            "that; take as many, or go on otherwise by --allow-changed"
         )
 
 

@@ -22,6 +22,7 @@ from .batches import Batches
 from .build import load_models, make_guard, make_method, make_state, make_witnesses
 from .config import Config
 from .config_file import header, to_yaml
+from .context import expect_splittable, split_tokens
 from .data import Data, read_data
 from .encoded_prompts import encode_prompts
 from .environment import environment
@@ -132,16 +133,21 @@ def build(config: Config, data: Data, profile: int = 0) -> Trainer:
         UsageError: As `load_models`; a batch that the processes cannot share; a reward that breaks its contract; a
             disk too small for the checkpoints.
     """
+    layout = config.parallel
     parallel = Replicas(
-        config.trackers, config.run.folder, config.run.threads, config.parallel.timeout, config.parallel.shard
+        config.trackers, config.run.folder, config.run.threads, layout.timeout, layout.shard, layout.context
     )
     shares = parallel.shares(config.train.batch_size, config.train.micro_batch)
-    if config.validation.pairs < parallel.world:
+    if config.validation.pairs < parallel.groups:
         raise UsageError(
-            f"validation.pairs={config.validation.pairs} must be at least the number of processes, {parallel.world}"
+            f"validation.pairs={config.validation.pairs} must be at least the number of {parallel.workers}, "
+            f"{parallel.groups}"
         )
     call = dict(config.model.call)
     models = load_models(config, parallel.device, lambda pipe: data.calls(pipe, call), mesh=parallel.sharing())
+    if (context := parallel.context()) is not None:
+        expect_splittable(models.pipe, data.calls(models.pipe, call), layout.context)
+        split_tokens(models.pipe, context)
     batches = data.batches(models.pipe, models.objective, config)
     witnesses = make_witnesses(config)
     _check_scores(models.pipe, batches, call, models.objective, witnesses, parallel.device)

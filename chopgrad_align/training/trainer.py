@@ -200,7 +200,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint."""
         if self.parallel.is_main:
-            step, facts = self.state.progress.step, {"inputs": self.inputs, "processes": self.parallel.world}
+            layout = {"processes": self.parallel.world, "context": self.config.parallel.context}
+            step, facts = self.state.progress.step, {"inputs": self.inputs, **layout}
             with self.folder.checkpoint(step, self.config.checkpoint.keep, facts) as path:
                 write_state(self.state.state_dict(), path)
             # Not earlier: a run that goes on from the checkpoint before this one may want what was the best there.

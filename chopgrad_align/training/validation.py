@@ -73,9 +73,10 @@ class Validation:
                 self.batches,
                 settings.pairs,
                 settings.batch,
-                (self.parallel.rank, self.parallel.world),
-                (self.folder.samples / name, settings.videos, self.fps),
+                (self.parallel.group, self.parallel.groups),
+                (self.folder.samples / name, settings.videos, self.fps) if self.parallel.first else None,
                 lambda: self.parallel.greatest(self.requests.number()),
+                shown=self.parallel.is_main,
             )
         self.requests.stop_if_any(self.parallel)
         scores, progress = joined(self.parallel.gather_objects(share)), state.progress
