@@ -52,13 +52,13 @@ def locate(source: str, filename: str) -> Path:
     return Path(hf_hub_download(hub["pretrained_model_name_or_path"], filename, revision=hub.get("revision")))
 
 
-def load_pretrained(model_class: type[Model], source: str) -> Model:
-    """A transformers model in float32 from a source as for `at`; another model or a missing weight is an error."""
+def load_pretrained(model_class: type[Model], source: str, dtype: torch.dtype = torch.float32, **options: Any) -> Model:
+    """A transformers model from a source as for `at`, with options of its class; a missing weight is an error."""
     loader: Any = model_class
     kind, wanted = AutoConfig.from_pretrained(**at(source)).model_type, loader.config_class.model_type
     if kind != wanted:
         raise ValueError(f"its model type is {kind!r}, not {wanted!r}")
-    model, info = loader.from_pretrained(**at(source), dtype=torch.float32, output_loading_info=True)
+    model, info = loader.from_pretrained(**at(source), dtype=dtype, output_loading_info=True, **options)
     if info["missing_keys"]:
         raise ValueError(f"{len(info['missing_keys'])} weights are missing")
     return model

@@ -21,6 +21,7 @@ from chopgrad_align import FrameSampler, UsageError
 from .checkpoints import at, loading, locate, read_weights
 from .precision import InFloat32
 from .preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
+from .qwen_vision import to_patches
 from .whole_video import WholeVideoReward, recompute_blocks
 
 Dimension = Literal["VQ", "MQ", "TA"]
@@ -174,18 +175,12 @@ class VideoReward(WholeVideoReward):
         return scores[self.dimensions].sum()
 
     def patchify(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Qwen2-VL's input: `(N, 3, H, W)` in [0, 1], N even -> patches `(n, 3·2·14·14)` and their grid `(3,)`.
-
-        Patches are in the order of the model: 2 x 2 of them, which it merges, follow each other.
-        """
+        """Qwen2-VL's input of `(N, 3, H, W)` in [0, 1], N even; see `to_patches`."""
         vision = self.model.config.vision_config
         patch, merge, tubelet = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         size = smart_resize(*frames.shape[-2:], patch * merge, _MIN_PIXELS, self.max_pixels)
         pixels = Preprocess(size, "squash", "bicubic", OPENAI_MEAN, OPENAI_STD)(frames)
-        time, height, width = len(frames) // tubelet, size[0] // patch, size[1] // patch
-        blocks = pixels.view(time, tubelet, 3, height // merge, merge, patch, width // merge, merge, patch)
-        patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(time * height * width, -1)
-        return patches, torch.tensor([time, height, width])
+        return to_patches(pixels, patch, merge, tubelet)
 
     def _tokenize(self, prompt: str, grid: Tensor) -> Tensor:
         instructions = self.template.format(text_prompt=prompt)

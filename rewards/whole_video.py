@@ -17,10 +17,10 @@ class WholeVideoReward(SampledReward):
 
     @abstractmethod
     def score_sample(self, frames: Tensor, prompt: str) -> Tensor:
-        """Score the chosen `frames` `(n, 3, H, W)` in [0, 1] of one video, with its prompt; returns a scalar."""
+        """Score the chosen `frames` `(n, 3, H, W)` in [0, 1] of one video, with its prompt; a scalar, or `(n,)`."""
 
     def score_video(self, video: Tensor, prompts: list[str]) -> Tensor:
-        """Scores of `video` `(B, n, 3, H, W)` in [0, 1]; `(B,)`, at least float32."""
+        """Scores of `video` `(B, n, 3, H, W)` in [0, 1]; `(B,)`, or `(B, n)` of frames; at least float32."""
         scores = torch.stack([self.score_sample(frames, prompt) for frames, prompt in zip(video, prompts, strict=True)])
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 

@@ -243,8 +243,17 @@ OURS = [entry for entry in entry_points(group="chopgrad_align.rewards") if entry
 
 def test_every_reward_of_the_folder_is_published():
     published = {entry.module for entry in OURS}
-    shared = ("checkpoints", "detection", "optical_flow", "precision", "preprocess", "prompt_cache", "prompt_length")
-    shared += ("whole_video",)
+    shared = (
+        "checkpoints",
+        "detection",
+        "image_features",
+        "optical_flow",
+        "precision",
+        "preprocess",
+        "prompt_cache",
+        "prompt_length",
+    )
+    shared += ("qwen_vision", "whole_video")
     helpers = {"chopgrad_rewards", *(f"chopgrad_rewards.{name}" for name in shared)}
     assert published == {module for module in MODULES if module.split(".")[0] == "chopgrad_rewards"} - helpers
 

@@ -13,8 +13,8 @@ import tiny_video_rewards
 import torch
 from reward_checks import check_gradient_equals_finite_differences
 
-from chopgrad_align.evaluation.check_reward import clip, examine
-from chopgrad_align.objective.reward import load_reward
+from chopgrad_align.evaluation.check_reward import clip, examine, known_of
+from chopgrad_align.objective.reward import Samples, load_reward
 
 NAMES = sorted(entry.name for entry in importlib.metadata.entry_points(group="chopgrad_align.rewards"))
 MORE = {"warp_consistency": {"detach_flow": False}}
@@ -36,14 +36,33 @@ def load(tmp_path_factory):
 
 def prompts_of(name):
     return (
-        tiny_video_rewards if name in ("action", "video_clip", "video_text", "video_reward") else tiny_rewards
+        tiny_video_rewards
+        if name in ("action", "video_clip", "video_text", "video_reward", "vlm_question")
+        else tiny_rewards
     ).PROMPTS
+
+
+class WithImages(torch.nn.Module):
+    """A reward that reads images, told of some."""
+
+    def __init__(self, reward, count):
+        super().__init__()
+        self.reward = reward
+        self.sample = Samples(count, images=tiny_rewards.video_of(24, 40, batch=count, frames=1)[:, 0].flip(-1))
+
+    def forward(self, video, prompts):
+        return self.reward(video, prompts, sample=self.sample)
+
+
+def told(name, reward, count):
+    return WithImages(reward, count) if name == "reference_image" else reward
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_equals_finite_differences(load, name):
     frames = 2 if name in ("motion", "warp_consistency") else 4
-    check_gradient_equals_finite_differences(load(name, **MORE.get(name, {})), prompts_of(name)[:2], frames)
+    reward = told(name, load(name, **MORE.get(name, {})), 2)
+    check_gradient_equals_finite_differences(reward, prompts_of(name)[:2], frames)
 
 
 def test_the_gradient_of_detached_boxes_is_another(load, monkeypatch):
@@ -77,7 +96,7 @@ def test_prompts_that_are_cut_are_told_once(load, name):
     torch.testing.assert_close(reward(video, [fits, longest, longer + " " + word]), scores)
 
 
-FORMULAS = ("colorfulness", "compressibility", "sharpness")
+FORMULAS = ("colorfulness", "compressibility", "sharpness", "temporal_flicker")
 IN_FLOAT32 = ("motion", "warp_consistency")  # from the features on
 
 
@@ -85,7 +104,7 @@ IN_FLOAT32 = ("motion", "warp_consistency")  # from the features on
 @torch.no_grad()
 def test_scores_of_half_precision_are_not_in_steps(load, name):
     """In bfloat16 itself there would be as many scores as there are numbers with 8 bits."""
-    reward = load(name, **({"label": "jogging"} if name == "action" else {})).to(torch.bfloat16)
+    reward = told(name, load(name, **({"label": "jogging"} if name == "action" else {})), 6).to(torch.bfloat16)
     videos = tiny_rewards.video_of(32, 32, batch=6, frames=4).bfloat16()
     scores = reward(videos, [*prompts_of(name), *prompts_of(name)])
     assert scores.dtype == torch.float32
@@ -109,6 +128,6 @@ def test_the_table_names_every_reward_and_the_revision_of_its_checkpoint():
 def test_it_passes_its_own_check(load, name):
     # The last level of the small Grounding DINO is one number, which its GroupNorm refuses of a single frame.
     reward = load(name, **({"frames_per_chunk": 9} if name == "object_removal" else {}))
-    video, _, _ = clip(None, None)
-    report = dict(examine(reward, name, video, prompts_of(name)[:2]))
+    video, _, fps = clip(None, None)
+    report = dict(examine(reward, name, video, prompts_of(name)[:2], known_of(video, fps)))
     assert list(report)[-1] in ("finite differences", "ascent")

@@ -7,6 +7,7 @@ gradient, in the order in which the pipeline makes them.
 import copy
 import functools
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,10 +19,13 @@ from test_rollout import close, everything_restored, make, saved_bytes
 from test_steps import float64  # noqa: F401 (a fixture, of all tests here)
 from torch import Tensor
 
-from chopgrad_align import LastSteps, LowVariance, StepPolicy, Steps, UsageError, rollout
+from chopgrad_align import LastSteps, LowVariance, SampledReward, Samples, StepPolicy, Steps, UsageError, rollout
 from chopgrad_align.decoding.backprop import Full
+from chopgrad_align.objective.objective import Objective
+from chopgrad_align.objective.terms import RewardTerm
 from chopgrad_align.sampling.outputs import frames_of
 from chopgrad_align.sampling.rollout import differentiable, rollout_parts
+from chopgrad_align.training.methods import DirectGradient, MicroBatch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
@@ -279,3 +283,26 @@ def test_cosmos_2_5_makes_any_number_of_frames(count):
     pipe, call = problem("Cosmos2_5_PredictBasePipeline", {"num_frames": count})
     with torch.no_grad():
         assert rollout(pipe, **seeded(call)).shape[1] == count
+
+
+class Loudness(SampledReward):
+    reads_audio = True
+
+    def score_video(self, video, prompts, sample: Samples | None = None):
+        assert sample.audio_rate == 16000
+        return torch.stack([sound.double().square().mean() for sound in sample.audio])
+
+
+def test_rewards_are_told_the_sound_with_its_gradient():
+    pipe, call = problem("LTX2Pipeline", {})
+    weights = [weight for weight in denoiser_of(pipe).parameters() if weight.requires_grad]
+    _, sound = rollout(pipe, LastSteps(1), Full(), audio=True, **seeded(call))
+    expected = sound.double().square().mean()
+    wanted = torch.autograd.grad(expected, weights, allow_unused=True)
+    objective = Objective({"sound": RewardTerm(Loudness())})
+    method = DirectGradient(pipe, seeded(call), objective, LastSteps(1), Full(), 1, lambda name: nullcontext())
+    (row,) = method.accumulate(MicroBatch({}, ["a"], [0]), {})
+    torch.testing.assert_close(row[1].double(), expected.detach(), rtol=1e-5, atol=0)
+    found = torch.cat([-weight.grad.flatten() for weight in weights if weight.grad is not None])
+    assert found.any()
+    assert close(found, torch.cat([g.flatten() for g in wanted if g is not None]), 1e-6)

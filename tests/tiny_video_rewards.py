@@ -40,20 +40,24 @@ SETTINGS = {
 }  # fmt: skip
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def make_video_checkpoints(folder):
     """Fill a folder with `videomae/`, `vjepa/`, `vjepa_flat/` (an encoder without blocks), `raft_small.pth`, `xclip/`,
-    `video_text/`, `qwen/` and `video_reward/` with its `prompt_template.py`."""
+    `video_text/`, `qwen2.5/`, `dino/`, `clip/`, `qwen/` and `video_reward/` with its `prompt_template.py`."""
     torch.manual_seed(0)
     _make_videomae(folder / "videomae")
     _make_vjepa(folder / "vjepa")
     _make_vjepa(folder / "vjepa_flat", num_hidden_layers=0, pred_num_mask_tokens=1)
     _make_xclip(folder / "xclip")
     _make_video_text(folder / "video_text")
+    make_qwen2_5(folder / "qwen2.5")
+    make_dino(folder / "dino")
+    make_clip(folder / "clip")
     (folder / "video_reward").mkdir()
     video_reward_official(folder)
     torch.save(smooth_raft("small").state_dict(), folder / "raft_small.pth")
@@ -71,6 +75,15 @@ def arguments(folder):
         "warp_consistency": flow,
         "video_clip": {"checkpoint": str(folder / "xclip")},
         "video_text": {"checkpoint": str(folder / "video_text")},
+        "subject_consistency": {"checkpoint": str(folder / "dino")},
+        "background_consistency": {"checkpoint": str(folder / "clip")},
+        "reference_image": {"checkpoint": str(folder / "dino")},
+        "temporal_flicker": {},
+        "vlm_question": {
+            "question": "rate prompt {prompt}",
+            "checkpoint": str(folder / "qwen2.5"),
+            "dtype": "float32",
+        },
         "video_reward": {
             "fps": 4,
             "template": str(published / "prompt_template.py"),
@@ -155,15 +168,65 @@ def _make_video_text(folder):
     save_file(reinitialise(VideoTextModel(**config)).state_dict(), folder / "model.safetensors")
 
 
-def qwen_processor():
-    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+def make_dino(folder):
+    from transformers import ViTConfig, ViTModel
 
-    words = ["[PAD]", "[UNK]", *WORDS, "rate", "video", "visual", "motion", "prompt", "user", "assistant"]
+    model = ViTModel(ViTConfig(**TOWER, image_size=32, patch_size=8), add_pooling_layer=False)  # as it is published
+    reinitialise(model).save_pretrained(folder)
+
+
+def make_clip(folder):
+    from transformers import CLIPConfig, CLIPModel
+
+    text, vision = {**TOWER, "vocab_size": 20}, {**TOWER, "image_size": 32, "patch_size": 8}
+    reinitialise(CLIPModel(CLIPConfig(projection_dim=24, vision_config=vision, text_config=text))).save_pretrained(
+        folder
+    )
+
+
+def qwen_tokenizer(*further):
+    words = ["[PAD]", "[UNK]", *WORDS, "rate", "video", "visual", "motion", "prompt", "user", "assistant", *further]
     tokenizer = word_tokenizer(
         {word: i for i, word in enumerate(words)}, "$A", pad_token="[PAD]", unk_token="[UNK]", padding_side="right"
     )
     special = ["im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
     tokenizer.add_tokens([f"<|{name}|>" for name in special], special_tokens=True)
+    return tokenizer
+
+
+def make_qwen2_5(folder):
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = qwen_tokenizer("yes", "no", "1", "2", "3")
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 9 * 28 * 28}
+    images, videos = Qwen2VLImageProcessor(size=size), Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False)
+    Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT).save_pretrained(folder)
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
+    ids |= {f"vision_{end}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")}
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 32,
+        "fullatt_block_indexes": [1], "window_size": 56,
+    }  # fmt: skip
+    reinitialise(
+        Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids))
+    ).save_pretrained(folder)
+
+
+def qwen_processor():
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = qwen_tokenizer()
     size = {"shortest_edge": 3136, "longest_edge": 12845056}
     video = Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False)
     return Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, video, chat_template=CHAT)

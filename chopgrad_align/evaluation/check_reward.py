@@ -35,7 +35,7 @@ _SOUND_RATE = 16_000
 
 
 def known_of(video: Tensor, fps: float, row: Mapping[str, Any] | None = None) -> Samples:
-    """What is known of the clip: its frames a second, its first frame, darker, as the image of which it is made, two
+    """Samples of one, the clip: its frames a second, its first frame, darker, as the image of which it is made, two
     seconds of noise as its sound, and the row of a table, as `row_sample` reads one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the row of a table says of a video file, as rewards are told it."""
+"""Knowledge of a table about a video file, as rewards are told it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row_sample(
     seconds: float,
     sound: tuple[Tensor, int] | None = None,
 ) -> Samples:
-    """What is known of one video.
+    """Everything that a row says of one video.
 
     A cell that is a path to a picture or video is read: that of the column `image` as the first image, others as a
     video of that role. Such a video has the frames at the times that are read of the one that is scored, or all of its

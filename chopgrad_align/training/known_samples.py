@@ -1,4 +1,4 @@
-"""What the data of a run say of each video, as rewards and losses are told it."""
+"""Knowledge of the data about each video of a micro-batch, as rewards and losses are told it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data.order import mix
 from ..data.video import write_video
-from ..evaluation.witnesses import Witness, observe, on_device, reads_sample
+from ..evaluation.witnesses import Witness, observe, on_device
 from ..objective.objective import Objective
 from ..objective.terms import Reference
 from ..sampling.outputs import frames_of, sound_of, sound_rate
@@ -102,7 +102,7 @@ def evaluate(
                 break
             places = range(first, min(first + batch, stop))
             chosen = batches.held_out(places)
-            reads = objective.reads_sample or any(reads_sample(witness) for witness in witnesses.values())
+            reads = objective.reads_sample or any(witness.reads_sample for witness in witnesses.values())
             sound = objective.reads_audio or any(witness.reads_audio for witness in witnesses.values())
             video, reference = predict(pipe, call, prediction, chosen, objective.reads_latents, reads, sound)
             scores.prompts.extend(chosen.prompts)

@@ -13,7 +13,7 @@ from ..common.arguments import whole_number
 from ..common.errors import UsageError
 from ..data.cache import Cache
 from ..evaluation.heldout import Paired
-from ..evaluation.witnesses import Witness, check_witnesses, reads_sample
+from ..evaluation.witnesses import Witness, check_witnesses
 from ..objective.objective import Objective
 from ..sampling.call_shape import frames_asked
 from ..sampling.outputs import expect_sound, sound_rate
@@ -116,7 +116,7 @@ def _check_scores(
         expect_sound(pipe, call)
         audio = [torch.rand(2, int(sound_rate(pipe) or 16_000)) - 0.5]
     told: dict[str, Any] = {}
-    if objective.reads_sample or any(reads_sample(witness) for witness in witnesses.values()):
+    if objective.reads_sample or any(witness.reads_sample for witness in witnesses.values()):
         sample = known_samples(batches.held_out(range(1)), device, audio, sound_rate(pipe)).take([0, 0])
         for video in (of[0] for of in sample.videos.values() if len(of[0]) > 1):
             frames, size = len(video), (video.shape[2], video.shape[3])

@@ -2,6 +2,6 @@
 
 from .bounds import Bounds
 from .loading import BUILT_IN, check_witnesses, load_witness
-from .protocol import Witness, observe, on_device, reads_sample
+from .protocol import Witness, observe, on_device
 
-__all__ = ["BUILT_IN", "Bounds", "Witness", "check_witnesses", "load_witness", "observe", "on_device", "reads_sample"]
+__all__ = ["BUILT_IN", "Bounds", "Witness", "check_witnesses", "load_witness", "observe", "on_device"]

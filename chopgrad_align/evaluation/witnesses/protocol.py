@@ -27,12 +27,18 @@ class Witness(ABC):
     Attributes:
         bounds: Where the guard expects the mean relative to the base model's, if nobody says otherwise.
         reads_base: Whether `values` compares with what was kept of the base model's videos.
-        reads_audio: Whether it reads the sound that is known.
+        reads_sample: Whether it is given what else is known of the samples.
+        reads_audio: Whether it reads the sound in there.
         module: Network whose weights are on the device while it observes, if there is one.
     """
 
     bounds: ClassVar[Bounds | None] = None
     reads_base: ClassVar[bool] = False
+
+    @property
+    def reads_sample(self) -> bool:
+        """See the class."""
+        return declares_sample(self.observe)
 
     @property
     def reads_audio(self) -> bool:
@@ -65,17 +71,12 @@ class Witness(ABC):
         return [item.item() for item in kept]
 
 
-def reads_sample(witness: Witness) -> bool:
-    """True if a witness is given what else is known of the samples."""
-    return declares_sample(witness.observe)
-
-
 def observe(
     witness: Witness, video: Tensor, prompts: list[str], seeds: Sequence[int], sample: Samples | None = None
 ) -> Tensor:
     """`witness.observe(video, prompts, seeds)`, with what else is known if it asks for it."""
     call: Any = witness.observe
-    return call(video, prompts, seeds, **({"sample": sample} if reads_sample(witness) else {}))
+    return call(video, prompts, seeds, **({"sample": sample} if declares_sample(call) else {}))
 
 
 @contextmanager

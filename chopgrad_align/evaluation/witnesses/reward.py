@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...objective.reward import Reward, SampledReward, Samples
-from ...objective.reward.protocol import check_scores, score
+from ...objective.reward.protocol import check_scores, reads_sample, score
 from .protocol import Witness
 
 
@@ -28,6 +28,11 @@ class RewardWitness(Witness):
     def module(self) -> nn.Module | None:
         """The reward, if it is a network."""
         return self.reward if isinstance(self.reward, nn.Module) else None
+
+    @property
+    def reads_sample(self) -> bool:
+        """True if the reward asks for it."""
+        return reads_sample(self.reward)
 
     @property
     def reads_audio(self) -> bool:

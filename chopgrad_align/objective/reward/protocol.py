@@ -102,9 +102,7 @@ class SampledReward(nn.Module, ABC):
             samples = torch.arange(len(video), device=video.device)[:, None]
             video = video[samples, torch.tensor(chosen, device=video.device)]
             sample = None if sample is None else sample.choose_frames(chosen, total)
-        scores = self._score_video(video, prompts, sample)
-        if isinstance(scores, Tensor):
-            scores = reduced(scores, video.shape[1], reduce)
+        scores = reduced(self._score_video(video, prompts, sample), video.shape[1], reduce)
         return check_scores(f"{name}.score_video", scores, len(video))
 
     def _score_video(self, video: Tensor, prompts: list[str], sample: Samples | None) -> Tensor:
@@ -219,7 +217,7 @@ def score_chosen(
     """
     if isinstance(reward, SampledReward):
         scores = reward.score_chosen(frames, prompt, sample)
-        return reduced(scores, scores.shape[-1], reduce)
+        return reduced(scores, scores.shape[1] if scores.ndim == 2 else 1, reduce)
     return score(reward, torch.stack(list(frames)).unsqueeze(0), [prompt], [0], sample, reduce)
 
 
@@ -248,8 +246,7 @@ def score(
     call: Any = reward
     if isinstance(reward, SampledReward):
         return call(video, prompts, seeds, **told, **({} if reduce is None else {"reduce": reduce}))
-    scores = call(video, prompts, **told)
-    return reduced(scores, video.shape[1], reduce) if isinstance(scores, Tensor) else scores
+    return reduced(call(video, prompts, **told), video.shape[1], reduce)
 
 
 def frames_read(reward: Reward, total: int, seeds: Sequence[int]) -> list[list[int]]:

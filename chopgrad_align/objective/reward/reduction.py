@@ -1,4 +1,4 @@
-"""How scores of the frames of a video become its score."""
+"""Reductions: scores of the frames of a video become its score."""
 
 from __future__ import annotations
 
@@ -111,17 +111,19 @@ def _expect(name: str, number: Any, most: float) -> None:
         raise UsageError(f"reduce={{{name}: {number!r}}}: expected {expected}")
 
 
-def reduced(scores: Tensor, frames: int, how: Reduction | None) -> Tensor:
+def reduced(scores: Any, frames: int, how: Reduction | None) -> Any:
     """Scores of videos `(B,)`, from those or from scores of their `frames` frames `(B, frames)`.
 
     Args:
-        scores: Of another shape they are left for others to refuse.
+        scores: Anything else than these is returned as it is, for others to refuse.
         frames: How many were read of each video.
         how: None for the mean.
 
     Raises:
         UsageError: There is nothing to reduce.
     """
+    if not isinstance(scores, Tensor):
+        return scores
     if scores.ndim == 2 and scores.shape[1] == frames:
         return (how or Mean())(scores)
     if how is not None and scores.ndim == 1:

@@ -1,0 +1,34 @@
+"""Subject consistency: whether what is shown stays the same, in DINO's features."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from chopgrad_align import Frames, SampledReward, UsageError
+
+from .image_features import DinoFeatures, consistency
+
+
+class SubjectConsistency(SampledReward):
+    """VBench's subject consistency (Huang et al., arXiv 2311.17982), in [0, 1].
+
+    The cosine similarity of each frame's DINO feature to that of the frame before and to that of the first one,
+    negative ones as 0, averaged. A still video has 1: hold it against motion. Prompts are ignored.
+
+    Args:
+        checkpoint: Hub id or local folder of a transformers ViTModel.
+        frames: As for `SampledReward`; VBench reads all.
+
+    Raises:
+        UsageError: The checkpoint does not exist or holds another model; a video has one frame.
+    """
+
+    def __init__(self, *, checkpoint: str = "facebook/dino-vitb16", frames: Frames = None) -> None:
+        super().__init__(frames=frames)
+        self.features = DinoFeatures("subject_consistency", checkpoint)
+        self.requires_grad_(False).eval()
+
+    def score_video(self, video: Tensor, prompts: list[str]) -> Tensor:
+        if video.shape[1] < 2:
+            raise UsageError("subject_consistency: expected a video of which 2 frames or more are read, got 1")
+        return consistency(self.features(video.flatten(0, 1)).unflatten(0, video.shape[:2]))
