@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def config_keys() -> str:
     ]
     for name, path in _sections(classes, "Config", ()):
         about = ast.get_docstring(classes[name])
-        rows = [f"| {_cell(f'`{key}`')} | {_code(kind)} | {_code(default)} | {_cell(text)} |"
+        rows = [f"| {_code(key)} | {_code(kind)} | {_code(default)} | {_cell(text)} |"
                 for key, kind, default, text in _fields(classes[name])]  # fmt: skip
         parts += [f"## {'.'.join(path) or 'The sections'}", *([about] if about else [])]
         parts.append("\n".join(["| key | type | default | |", "|---|---|---|---|", *rows]))
@@ -75,7 +76,7 @@ def _default(value: ast.expr | None) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{_cell(text)}`" if text else ""
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>" if text else ""
 
 
 def _cell(text: str) -> str:

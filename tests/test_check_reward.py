@@ -198,6 +198,7 @@ BROKEN = {
     "rounded": (lambda v, p: mean(v + 0.3 * (10 * v).round()), r"gradient that is not that of its score"),
     "threshold": (lambda v, p: mean(0.1 * v + (v > 0.4).to(v)), r"gradient that is not that of its score"),
     "small_jumps": (lambda v, p: mean(v + 0.02 * (10 * v).round()), r"gradient that is not that of its score"),
+    "one_jump": (lambda v, p: mean(v + 0.3 * v.round()), r"gradient that is not that of its score"),
     "half_gradient": (lambda v, p: mean(v) * mean(v).detach(), r"gradient that is not that of its score"),
     "future": (Future(), r"whatever else is in the batch|not a function of its arguments"),
     "own_numbers": (Noisy(), r"not a function of its arguments"),
