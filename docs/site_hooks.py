@@ -38,7 +38,7 @@ def config_keys() -> str:
     ]
     for name, path in _sections(classes, "Config", ()):
         about = ast.get_docstring(classes[name])
-        rows = [f"| {_code(key)} | {_code(kind)} | {_code(default)} | {_cell(text)} |"
+        rows = [f"| `{key}` | {_code(kind)} | {_code(default)} | {_cell(text)} |"
                 for key, kind, default, text in _fields(classes[name])]  # fmt: skip
         parts += [f"## {'.'.join(path) or 'The sections'}", *([about] if about else [])]
         parts.append("\n".join(["| key | type | default | |", "|---|---|---|---|", *rows]))

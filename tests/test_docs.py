@@ -29,7 +29,7 @@ def test_config_keys_are_all_on_their_page():
     for kind in sections:
         for field in fields(kind):
             assert f"| `{field.name}` |" in page, f"{kind.__name__}.{field.name}"
-    assert "| `folder` | `Name` |  | The folder of all that the run writes" in page
+    assert "| `folder` | <code>Name</code> |  | The folder of all that the run writes" in page
     assert "## rewards.NAME\n" in page
 
 
