@@ -144,7 +144,8 @@ def test_the_main_job(tmp_path):
     from chopgrad_align.evaluation.heldout import paired
 
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", str(ROOT / "scripts" / "align.py")]
-    command.append(f"run.folder={tmp_path / 'run'}")
+    # Beside another test: two threads on busy cores wait for each other most of the time.
+    command += [f"run.folder={tmp_path / 'run'}", "run.threads=1"]
     done = subprocess.run(command, check=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     scores = json.loads((tmp_path / "run" / "heldout.json").read_text())
     result = paired(scores["before"], scores["after"])
