@@ -477,7 +477,7 @@ def test_from_the_command_line(model, tmp_path):
     config = tiny_runs.config_file(tmp_path, model)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    launch += [tiny_runs.SCRIPT, "--config", config]
+    launch += [tiny_runs.SCRIPT, "--config", config, "run.threads=1"]
     done = subprocess.run(launch, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
