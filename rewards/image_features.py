@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, ViTModel
 
+from chopgrad_align import Frames, SampledReward, UsageError
+
 from .checkpoints import load_pretrained, loading
 from .precision import InFloat32, wide
 from .preprocess import Preprocess
@@ -66,6 +68,26 @@ class ClipFeatures(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         pixels = self.preprocess(frames).to(next(self.vision.parameters()).dtype)
         return F.normalize(self.projection(self.vision(pixel_values=pixels).pooler_output), dim=-1)
+
+
+class Consistency(SampledReward):
+    """Base of VBench's consistencies: of the features of a video's frames, see `consistency`; prompts are ignored.
+
+    Args:
+        name: What messages call the reward.
+        features: Frames `(N, 3, H, W)` in [0, 1] -> unit vectors `(N, D)`.
+        frames: As for `SampledReward`.
+    """
+
+    def __init__(self, name: str, features: nn.Module, frames: Frames) -> None:
+        super().__init__(frames=frames)
+        self.name, self.features = name, features
+        self.requires_grad_(False).eval()
+
+    def score_video(self, video: Tensor, prompts: list[str]) -> Tensor:
+        if video.shape[1] < 2:
+            raise UsageError(f"{self.name}: expected a video of which 2 frames or more are read, got 1")
+        return consistency(self.features(video.flatten(0, 1)).unflatten(0, video.shape[:2]))
 
 
 def consistency(features: Tensor) -> Tensor:

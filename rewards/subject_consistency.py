@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from chopgrad_align import Frames
 
-from chopgrad_align import Frames, SampledReward, UsageError
-
-from .image_features import DinoFeatures, consistency
+from .image_features import Consistency, DinoFeatures
 
 
-class SubjectConsistency(SampledReward):
+class SubjectConsistency(Consistency):
     """VBench's subject consistency (Huang et al., arXiv 2311.17982), in [0, 1].
 
     The cosine similarity of each frame's DINO feature to that of the frame before and to that of the first one,
@@ -24,11 +22,4 @@ class SubjectConsistency(SampledReward):
     """
 
     def __init__(self, *, checkpoint: str = "facebook/dino-vitb16", frames: Frames = None) -> None:
-        super().__init__(frames=frames)
-        self.features = DinoFeatures("subject_consistency", checkpoint)
-        self.requires_grad_(False).eval()
-
-    def score_video(self, video: Tensor, prompts: list[str]) -> Tensor:
-        if video.shape[1] < 2:
-            raise UsageError("subject_consistency: expected a video of which 2 frames or more are read, got 1")
-        return consistency(self.features(video.flatten(0, 1)).unflatten(0, video.shape[:2]))
+        super().__init__("subject_consistency", DinoFeatures("subject_consistency", checkpoint), frames)

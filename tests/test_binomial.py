@@ -85,7 +85,7 @@ def test_copies_are_waited_for(monkeypatch):
 
 
 def host_peaks(vae, groups, sets):
-    """Of the forward pass, and of the backward pass."""
+    """Peaks of host memory, in the forward pass and in the backward pass."""
     latents = torch.randn(1, 4, groups, 4, 4, requires_grad=True)
     with StorageCount() as count:
         pixels = decode(vae, latents, Exact(cache="host", cache_sets=sets))

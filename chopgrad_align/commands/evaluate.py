@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    # What can be wrong is looked at first, in order of cost.
+    # Mistakes are looked for first, in order of cost.
     if bool(args.config) == bool(args.pred and args.target):
         raise UsageError("give either --config, or --pred and --target")
     if args.out.exists():

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    # What can be wrong is looked at first, in order of cost: the files, the model, the first call.
+    # Mistakes are looked for first, in order of cost: the files, the model, the first call.
     conditions = (
         read_conditions(args.prompts) if args.prompts else [Condition(prompt.strip()) for prompt in args.prompt]
     )

@@ -16,8 +16,8 @@ from ..data.sound import read_sound
 from ..data.source import VIDEO_SUFFIXES, BadFile
 from ..data.table_file import file_text, read_table, text_cell
 from ..data.video_file import VideoFile
-from ..objective.reward import Reduction, Reward, SampledReward
-from ..objective.reward.protocol import at_fps, check_scores, frames_read, reads_sample, score_chosen
+from ..objective.reward import Reduction, Reward
+from ..objective.reward.protocol import at_fps, check_scores, frames_read, reads_audio, reads_sample, score_chosen
 from .row_sample import row_sample
 
 
@@ -117,11 +117,7 @@ def _score(reward: Reward, name: str, clip: Clip, device: torch.device, reduce: 
     times = [number / file.fps for number in read]
     sample = None
     if reads_sample(reward):
-        sound = (
-            read_sound(clip.video, str(clip.video))
-            if isinstance(reward, SampledReward) and reward.reads_audio
-            else None
-        )
+        sound = read_sound(clip.video, str(clip.video)) if reads_audio(reward) else None
         sample = row_sample({**clip.row, "prompt": clip.prompt}, clip.folder, file.fps, times, file.seconds, sound)
         sample = sample.to(device)
     frames = (frame.to(device) for frame in file.frames_at(times))

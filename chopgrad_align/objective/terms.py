@@ -18,7 +18,7 @@ from .losses.protocol import reads_sample as loss_reads_sample
 from .reading import Reading
 from .reward import Reward, check_reward
 from .reward.frames import All
-from .reward.protocol import FrameReward, SampledReward, frames_read, reads_sample, score
+from .reward.protocol import FrameReward, frames_read, reads_audio, reads_sample, score
 from .reward.reduction import Reduction
 from .reward.samples import Samples
 from .statistics import Statistics
@@ -163,7 +163,7 @@ class RewardTerm(Term):
     @property
     def reads_audio(self) -> bool:
         """True if the reward asks for it."""
-        return isinstance(self.reward, SampledReward) and self.reward.reads_audio
+        return reads_audio(self.reward)
 
     @property
     def module(self) -> nn.Module | None:

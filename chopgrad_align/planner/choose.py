@@ -80,8 +80,8 @@ def levers(config: Config, chunks: Mapping[str, int]) -> list[Lever]:
         recompute = ((False, None), (True, None), (True, 128))
         rungs = [{"gradient.checkpoint": again, "gradient.rows": rows} for again, rows in recompute]
         found.append(Lever(("decoding", "decoder backward"), rungs))
-    # What is kept of the denoiser stays until it is its turn. (With its call again there is less of it than with its
-    # blocks again, until then; but that is tried before.)
+    # The activations that the denoiser keeps stay until its turn. (Until then its call again keeps less than its blocks
+    # again; but that is tried before.)
     kept = [("none", "device"), ("call", "device"), ("block", "device"), ("block", "host"), ("nested", "device")]
     graphs: list[Setting] = [
         {"gradient.denoiser.checkpoint": again, "gradient.denoiser.inputs": place} for again, place in kept

@@ -28,7 +28,7 @@ _NAMED = ("call", "block", "nested", "none")
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """What is kept of a denoiser's calls with a graph until the backward pass, and what runs again in it.
+    """Activation checkpointing of a denoiser: what its calls keep until the backward pass, and what runs again in it.
 
     F is a forward pass of the denoiser, B a backward pass. The gradient is the same.
 
@@ -167,7 +167,7 @@ class _Blocks:
 
     def _put_away(self, leaves: list[Any], host: Host) -> Callable[[Sequence[Any]], list[Any]]:
         """Move a block's input to the host, and leave empty tensors in its place; returns what fills it in again."""
-        # What all blocks are given, such as text and positions, stays where it is, but for the first block.
+        # Inputs that all blocks share, such as text and positions, stay where they are, but for the first block.
         new = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not self._was_given(leaf)]
         self._given = [ref(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         first: list[Tensor] | None = [leaves[i] for i in new]

@@ -14,7 +14,7 @@ from ..common.errors import UsageError
 
 _FRAMES, _SOUNDS = ("frames", "video"), ("audio", "sound")  # in diffusers; the last of each in Cosmos 3
 
-# Of LTX-2, Cosmos 3 and Kandinsky 6: the component that makes the sound, and where its config has the rate.
+# The component that makes the sound of LTX-2, Cosmos 3 and Kandinsky 6, and where its config has the rate.
 _SOUND_RATES = (
     ("vocoder", "output_sampling_rate"),
     ("sound_tokenizer", "sampling_rate"),

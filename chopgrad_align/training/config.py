@@ -378,11 +378,11 @@ _DECODER_KEYS = {"exact": _BLOCKS, "truncated": ("distance", *_BLOCKS), "full": 
 @_strict
 class DenoiserGraph:
     checkpoint: Positive | Literal["call", "block", "nested", "none"] | None = None
-    """What runs again in the backward pass: call, each call of the denoiser; block, each block, faster than nested, but
+    """Recomputation in the backward pass: call, each call of the denoiser; block, each block, faster than nested, but
     the block inputs of all calls are kept; nested, each call, and each block in it; none; or a number n, one of n
     blocks. Default: call, or nested with model.gradient_checkpointing. See sampling/checkpointing.py in the package."""
     inputs: Literal["device", "host"] = "device"
-    """Where the inputs of blocks wait, with block or a number; from host memory they are fetched a block ahead."""
+    """Place of the inputs of blocks, with block or a number; from host memory they are fetched a block ahead."""
 
 
 @_strict
@@ -645,7 +645,7 @@ class Config:
         return self
 
     def checkpointing(self) -> Checkpointing:
-        """What is kept of the denoiser's calls for the backward pass."""
+        """The policy for the denoiser's activations until the backward pass."""
         asked, default = self.gradient.denoiser, "nested" if self.model.gradient_checkpointing else "call"
         return Checkpointing(cast(Any, asked.checkpoint or default), asked.inputs)
 

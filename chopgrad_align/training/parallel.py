@@ -138,7 +138,7 @@ class Replicas:
 
     @property
     def workers(self) -> str:
-        """What works on clips of its own, in words."""
+        """Name of a group, for messages: what works on clips of its own."""
         return "processes" if self._context == 1 else f"groups of {self._context} processes"
 
     def gather(self, rows: Tensor) -> Tensor:

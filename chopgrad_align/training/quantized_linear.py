@@ -43,7 +43,7 @@ def _recomputing(cls: type[nn.Linear], dequantize: Dequantize) -> type[nn.Linear
 
 
 def differentiated(x: Tensor, kernel: Callable[[Tensor], Tensor], weight: Tensor, dequantize: Dequantize) -> Tensor:
-    """What a kernel makes of `x (…, in)`, with the gradient that goes through a weight made again."""
+    """The output of a kernel for `x (…, in)`, with the gradient that goes through a weight made again."""
     y: Tensor = _Linear.apply(x, kernel, weight, dequantize)
     return y
 

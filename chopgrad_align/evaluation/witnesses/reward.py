@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...objective.reward import Reward, SampledReward, Samples
-from ...objective.reward.protocol import check_scores, reads_sample, score
+from ...objective.reward import Reward, Samples
+from ...objective.reward.protocol import check_scores, reads_audio, reads_sample, score
 from .protocol import Witness
 
 
@@ -37,7 +37,7 @@ class RewardWitness(Witness):
     @property
     def reads_audio(self) -> bool:
         """True if the reward asks for it."""
-        return isinstance(self.reward, SampledReward) and self.reward.reads_audio
+        return reads_audio(self.reward)
 
     def observe(self, video: Tensor, prompts: list[str], seeds: Sequence[int], sample: Samples | None = None) -> Tensor:
         """See `Witness`; the score."""

@@ -204,6 +204,11 @@ def reads_sample(reward: Reward) -> bool:
     return declares_sample(reward.forward if isinstance(reward, nn.Module) else reward)
 
 
+def reads_audio(reward: Reward) -> bool:
+    """True if a reward reads the sound of its samples."""
+    return isinstance(reward, SampledReward) and reward.reads_audio
+
+
 def score_chosen(
     reward: Reward,
     frames: Iterable[Tensor],
