@@ -25,6 +25,7 @@ from .row_sample import row_sample
 # Of pixels in [0, 1]; the small ones would drown in float32.
 _STEPS = {torch.float32: (0.03, 0.01, 0.003, 0.001), torch.float64: (3e-4, 1e-4, 3e-5, 1e-5, 3e-6)}
 _DIRECTIONS = 4
+_NOISE = 0.05  # of the clip, at most
 _BLOCK = 8  # pixels
 _TOLERANCE = 0.05
 _COARSER = 1.0  # error that the step before may have: a smooth score comes near bit by bit
@@ -286,10 +287,11 @@ def finite_differences(
     """Compare the gradient with central differences along random directions.
 
     Directions are blocks of 8x8 pixels of random sign: what single pixels change drowns in float32 rounding. Small
-    steps are taken in float64, if the reward can. Modules are cast to these types, and stay so.
+    steps are taken in float64, if the reward can. Modules are cast to these types, and stay so. The clip has a little
+    noise: where it stands still, the slope of an absolute difference would be that of rounding.
 
     Args:
-        video: `(1, F, 3, H, W)`, at least 0.03 away from 0 and 1.
+        video: `(1, F, 3, H, W)`, at least 0.08 away from 0 and 1.
         known: What else is known of it.
 
     Returns:
@@ -300,6 +302,8 @@ def finite_differences(
         UsageError: They disagree by more than 5 % at every step, or agree at a small one all of a sudden, as they do
             where a score jumps: so few pixels jump then that none is met.
     """
+    noise = torch.rand(video.shape, generator=torch.Generator().manual_seed(1)).to(video)
+    video = video + _NOISE * (2 * noise - 1)
     seen: list[_Comparison] = []
     for found in _comparisons(reward, name, video, prompts, known):
         sudden = bool(seen) and seen[-1].error > _COARSER
